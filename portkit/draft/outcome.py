@@ -8,12 +8,12 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class DraftOutcome:
-    """The result of drafting one step over one source text."""
+    """The result of drafting one step of a port. Nothing is written until it is applied."""
 
     step: str
     status: Literal["success", "skipped", "failed"]
-    source: str
-    """The new text of the modeling file; equal to the old one unless status is "success"."""
+    files: tuple[tuple[str, str], ...] = ()
+    """(path relative to the port, new text) for each file that changes."""
     did: tuple[str, ...] = ()
     """One line per change, in the words of the guide."""
     warnings: tuple[str, ...] = ()

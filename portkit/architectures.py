@@ -1,0 +1,189 @@
+"""Which architectures the installed Transformers has, and where each is written.
+
+Reads the tables of `transformers/models/auto/*.py` with `ast`, so it imports neither Transformers
+nor torch and answers in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from portkit.errors import PortkitError
+
+CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+NOT_PORTABLE = {
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": "an encoder-decoder model",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES": "a speech model with an encoder and a decoder",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "a multimodal model",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES": "a multimodal model",
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "an encoder trained by masking (a masked language model)",
+}
+"""Transformers' table → what its classes are, for kinds that the workbook does not port."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder-only class of the installed Transformers."""
+
+    name: str
+    """The class, e.g. "HeliumForCausalLM"."""
+    model_type: str
+    """As in config.json, e.g. "helium"."""
+    config_class: str
+    """E.g. "HeliumConfig"; empty if Transformers names none."""
+    module: str
+    """E.g. "transformers.models.helium.modeling_helium"."""
+    file: Path
+
+
+def transformers_folder() -> Path:
+    """Return the folder of the installed package, without importing it."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        raise PortkitError(
+            "Transformers is not installed.", "", "Set the environment up: `make setup` in portkit."
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def transformers_version() -> str:
+    """Return the installed version, e.g. "5.19.0"."""
+    return metadata.version("transformers")
+
+
+@cache
+def tables() -> dict[str, dict[str, tuple[str, ...]]]:
+    """Return Transformers' auto tables: table name → model type → class names."""
+    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    auto = transformers_folder() / "models" / "auto"
+    for name in ("auto_mappings.py", "configuration_auto.py", "modeling_auto.py"):
+        path = auto / name
+        if not path.exists():
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for table, pairs in _pairs(node):
+                found.setdefault(table, {}).update(pairs)
+    return found
+
+
+def _pairs(node: ast.stmt) -> list[tuple[str, dict[str, tuple[str, ...]]]]:
+    """Read `NAME = OrderedDict([(key, value), ...])` and `NAME.update({key: value})`."""
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+        name, value = node.targets[0].id, node.value
+    elif (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Call)
+        and isinstance(node.value.func, ast.Attribute)
+        and isinstance(node.value.func.value, ast.Name)
+        and node.value.func.attr == "update"
+    ):
+        name, value = node.value.func.value.id, node.value
+    else:
+        return []
+    pairs: dict[str, tuple[str, ...]] = {}
+    for part in ast.walk(value):
+        items = []
+        if isinstance(part, ast.Tuple) and len(part.elts) == 2:
+            items = [(part.elts[0], part.elts[1])]
+        elif isinstance(part, ast.Dict):
+            items = list(zip(part.keys, part.values, strict=True))
+        for key, entry in items:
+            names = [n.value for n in ast.walk(entry) if isinstance(n, ast.Constant)]
+            if isinstance(key, ast.Constant) and names and all(isinstance(n, str) for n in names):
+                pairs.setdefault(str(key.value), tuple(names))
+    return [(name, pairs)]
+
+
+def causal_architectures() -> dict[str, str]:
+    """Return architecture → model type of all decoder-only classes, in Transformers' order."""
+    found: dict[str, str] = {}
+    for model_type, names in tables()[CAUSAL].items():
+        for name in names:
+            if not name.endswith("ForConditionalGeneration"):
+                found.setdefault(name, model_type)
+    return found
+
+
+def find_architecture(query: str) -> Architecture:
+    """Return the architecture of this class name or model type; PortkitError names the closest."""
+    causal = causal_architectures()
+    by_type = {model_type: name for name, model_type in reversed(causal.items())}
+    kind = _not_portable(query)
+    if kind:
+        decoder = by_type.get(query, "")
+        usable = decoder and not _not_portable(decoder)
+        raise PortkitError(
+            f"{query} is {kind}; the workbook ports decoder-only language models.",
+            f"Transformers {transformers_version()}",
+            f"Its decoder alone is {decoder}: `--model {decoder}`."
+            if usable
+            else "Choose a decoder-only class (…ForCausalLM), e.g. `--model helium`.",
+        )
+    if query in causal:
+        return _architecture(query, causal[query])
+    normal = query.strip().lower().replace("_", "-")
+    for model_type, name in by_type.items():
+        if model_type.lower().replace("_", "-") == normal:
+            return _architecture(name, model_type)
+    close = closest(query, [*causal, *by_type])
+    raise PortkitError(
+        f"Transformers {transformers_version()} has no decoder-only architecture {query!r}.",
+        "",
+        (f"Did you mean {close}? " if close else "")
+        + "For code of your own: `--source FILE.py --checkpoint DIR`.",
+    )
+
+
+def _not_portable(query: str) -> str:
+    """Say what this class or model type is, if it is of a kind that the workbook does not port."""
+    causal = causal_architectures()
+    for table, kind in NOT_PORTABLE.items():
+        for model_type, names in tables().get(table, {}).items():
+            # A few old classes serve as masked and as causal models; those are welcome.
+            if query in names and not ("MASKED" in table and query in causal):
+                return kind
+            if query == model_type:
+                return kind
+    return ""
+
+
+def closest(query: str, names: Iterable[str], count: int = 4) -> str:
+    """Return the names most like the query, in one line of words; empty if none is near."""
+    lowered = {name.lower(): name for name in names}
+    stem = re.sub(r"(forcausallm|lmheadmodel|model)$", "", query.lower())
+    close = difflib.get_close_matches(stem, lowered, n=count, cutoff=0.6)
+    close += difflib.get_close_matches(query.lower(), lowered, n=count, cutoff=0.6)
+    close.sort(key=lambda name: -difflib.SequenceMatcher(None, name, query.lower()).ratio())
+    return ", ".join(lowered[name] for name in list(dict.fromkeys(close))[:count])
+
+
+def _architecture(name: str, model_type: str) -> Architecture:
+    config = tables().get("CONFIG_MAPPING_NAMES", {}).get(model_type, ("",))[0]
+    path = _defining_file(name, model_type)
+    relative = path.relative_to(transformers_folder()).with_suffix("")
+    return Architecture(name, model_type, config, ".".join(("transformers", *relative.parts)), path)
+
+
+def _defining_file(name: str, model_type: str) -> Path:
+    """Return the modeling file with `class NAME`, first where the model type says it should be."""
+    special = tables().get("SPECIAL_MODEL_TYPE_TO_MODULE_NAME", {})
+    folder = special.get(model_type, (model_type.replace("-", "_"),))[0]
+    models = transformers_folder() / "models"
+    pattern = re.compile(rf"^class {re.escape(name)}\b", re.MULTILINE)
+    likely = sorted((models / folder).glob("modeling_*.py"))
+    for path in (*likely, *sorted(models.glob("*/modeling_*.py"))):
+        if pattern.search(path.read_text(encoding="utf-8")):
+            return path
+    raise PortkitError(
+        f"Transformers names {name} but no modeling file defines it.",
+        str(models / folder),
+        "Its installation looks incomplete: reinstall it.",
+    )

@@ -32,6 +32,8 @@ class JobResult:
     where: str = ""
     """The last frame inside the port's own file ("modeling_helium.py:142, in forward"), if any."""
     next: str = ""
+    log: str = ""
+    """Path of the log on disk: the first and the last MiB of what the job printed."""
     log_tail: str = ""
     """Last lines of the child's stdout and stderr, with the traceback."""
     seconds: float = 0.0

@@ -1,0 +1,148 @@
+"""A job's own process: forked from the worker, it runs one job, answers, and ends.
+
+Nothing here returns: whatever the job does, `run_forked` ends the process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from portkit.live import processes, wire
+from portkit.live.failure import describe
+from portkit.live.job import JobRequest
+
+DUMP_SIGNAL = signal.SIGUSR2
+"""Sent to every process of a job that ran out of time: each writes where it is."""
+
+
+def run_forked(request: JobRequest, answer: socket.socket, stack_fd: int, scratch: Path) -> NoReturn:
+    """Run the job in this freshly forked process and exit. fds 0-2 are already redirected."""
+    code = 1
+    try:
+        _settle(request, stack_fd, scratch)
+        message = _answer(request, answer)
+        code = 0 if message["event"] == "answer" else 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        answer.sendall(wire.encode(message))
+        # vLLM's own shutdown hooks end its ranks and remove their shared memory.
+        atexit._run_exitfuncs()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        _really_exit(code)
+
+
+def _settle(request: JobRequest, stack_fd: int, scratch: Path) -> None:
+    """Make this process a job's: who dies with whom, where its words and its imports go."""
+    processes.die_with_parent()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
+    with contextlib.suppress(OSError):
+        # If memory runs out, the job goes first, not the reader's kernel.
+        Path("/proc/self/oom_score_adj").write_text("800")
+    faulthandler.enable(stack_fd, all_threads=True)
+    faulthandler.register(DUMP_SIGNAL, stack_fd, all_threads=True)
+    _note_exit(stack_fd)
+    _bind_descendants()
+    # What a job leaves in the temporary folder goes with it, except inductor's compile cache.
+    os.environ.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
+    )
+    os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
+    if request.port_root:
+        os.chdir(request.port_root)
+        read_afresh(request.port_root)
+
+
+def _answer(request: JobRequest, answer: socket.socket) -> dict[str, Any]:
+    def say(text: str) -> None:
+        answer.sendall(wire.encode({"event": "progress", "text": str(text)}))
+
+    try:
+        module = importlib.import_module(f"portkit.live.jobs.{request.job}")
+        value = module.run(request, say)
+        message = {"event": "answer", "value": value if value is not None else {}}
+        wire.encode(message)
+        return message
+    except BaseException as error:
+        traceback.print_exc()
+        return {"event": "error", **describe(error, request.port_root)}
+
+
+class _Uncached(importlib.machinery.SourceFileLoader):
+    """Compile from the source each time: a .pyc is trusted by its seconds and size, an edit is quicker."""
+
+    def get_code(self, fullname: str) -> Any:
+        path = self.get_filename(fullname)
+        return self.source_to_code(self.get_data(path), path)
+
+
+def read_afresh(root: str) -> None:
+    """Put the port's folder first on the import path, its modules always compiled from their text."""
+
+    def hook(path: str) -> importlib.machinery.FileFinder:
+        if not Path(path).is_relative_to(root):
+            raise ImportError
+        return importlib.machinery.FileFinder(path, (_Uncached, [".py"]))
+
+    for name in [n for n, m in sys.modules.items() if Path(getattr(m, "__file__", None) or "/").is_relative_to(root)]:
+        del sys.modules[name]
+    sys.path_hooks.insert(0, hook)
+    sys.path_importer_cache.clear()
+    sys.path.insert(0, root)
+    # Processes that are spawned, not forked, find the port too, and leave no .pyc in it.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    importlib.invalidate_caches()
+
+
+def _bind_descendants() -> None:
+    """Have forked descendants (vLLM's ranks) die with the process that forked them.
+
+    The kernel counts the forking *thread* as the parent, so only forks of a main thread are bound.
+    """
+    forked_by_main = False
+
+    def before() -> None:
+        nonlocal forked_by_main
+        forked_by_main = threading.current_thread() is threading.main_thread()
+
+    def after_in_child() -> None:
+        if forked_by_main:
+            processes.die_with_parent()
+
+    os.register_at_fork(before=before, after_in_child=after_in_child)
+
+
+_really_exit = os._exit
+
+
+def _note_exit(stack_fd: int) -> None:
+    """Write the stack when the job's own process is left by os._exit, which says nothing itself."""
+    job = os.getpid()
+
+    def noted(code: int) -> NoReturn:
+        if os.getpid() == job:
+            faulthandler.dump_traceback(stack_fd, all_threads=False)
+        _really_exit(code)
+
+    os._exit = noted

@@ -1,0 +1,144 @@
+"""Failures in words: an exception, a signal or a stack dump becomes what, where and next.
+
+`where` is always the last frame inside the port's own folder, since that is the code its reader
+can change; the frames of vLLM and torch around it are in the log.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from portkit.errors import PortkitError
+
+LONGEST = 2000
+"""Characters of an exception's message that are kept in `what`; the log has all of it."""
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+),? in (?P<name>[^\n]+)')
+
+
+def describe(error: BaseException, port_root: str) -> dict[str, str]:
+    """Return what, where and next of an exception that a job raised."""
+    if isinstance(error, PortkitError):
+        return error.to_dict()
+    where = next((found for link in chain(error) if (found := _where(link, port_root))), "")
+    return {"what": _what(error), "where": where, "next": _next(error, where)}
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield the exception, then what it was raised from, and so on."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+
+
+def frame_in_log(text: str, port_root: str, *, innermost_first: bool = False) -> str:
+    """Return the innermost frame of the port named in a traceback or a faulthandler dump.
+
+    The log is how a frame is found that belongs to another process (a tensor-parallel rank) or
+    to a process that can no longer speak. A faulthandler dump lists the innermost frame first.
+    """
+    found = [m for m in _FRAME.finditer(text) if _inside(m["file"], port_root)]
+    if not found:
+        return ""
+    match = found[0] if innermost_first else found[-1]
+    return _place(match["file"], int(match["line"]), match["name"].strip(), port_root)
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def crash_words(exit_code: int, peak_mib: float, machine_mib: float) -> dict[str, str]:
+    """Return what and next for a process that ended without an answer.
+
+    `exit_code` as subprocess has it: negative for a signal.
+    """
+    if exit_code >= 0:
+        return {
+            "what": f"The job's process ended itself with exit code {exit_code} before it had an answer.",
+            "next": "Look for os._exit (or a library that calls it) in the code that ran; raise an exception instead.",
+        }
+    name = signal_name(-exit_code)
+    if name == "SIGKILL":
+        return {
+            "what": f"The job's process was killed (SIGKILL) at {peak_mib:,.0f} MiB, on a machine with "
+                    f"{machine_mib:,.0f} MiB: it probably ran out of memory.",
+            "next": "Use a smaller checkpoint or a shorter sequence, or close other programs; then run it again.",
+        }
+    hints = {
+        "SIGSEGV": "a kernel read outside a tensor's memory",
+        "SIGBUS": "a mapped file was cut short, or shared memory (/dev/shm) is full",
+        "SIGABRT": "a library gave up; its last words are in the log",
+        "SIGFPE": "an integer division by zero in native code",
+        "SIGILL": "an instruction that this CPU does not have",
+    }
+    meaning = hints.get(name)
+    return {
+        "what": f"The job's process crashed with {name}" + (f": {meaning}." if meaning else "."),
+        "next": "Check the shapes, dtypes and indices of what the last line of the port passes on; "
+                "the log has the stack.",
+    }
+
+
+def _what(error: BaseException) -> str:
+    links = [_line(link) for link in chain(error)]
+    text = links[0]
+    for cause in links[1:]:
+        if cause not in text:
+            text += f"\ncaused by {cause}"
+    return text if len(text) <= LONGEST else text[:LONGEST] + " … (the rest is in the log)"
+
+
+def _line(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"SystemExit: sys.exit({error.code!r}) was called"
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg}"
+    return "".join(traceback.format_exception_only(type(error), error)).strip()
+
+
+def _where(error: BaseException, port_root: str) -> str:
+    if isinstance(error, SyntaxError) and error.filename and _inside(error.filename, port_root):
+        return _place(error.filename, error.lineno or 0, "", port_root)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if _inside(f.filename, port_root)]
+    if not frames:
+        return ""
+    return _place(frames[-1].filename, frames[-1].lineno or 0, frames[-1].name, port_root)
+
+
+def _next(error: BaseException, where: str) -> str:
+    text = str(error)
+    if isinstance(error, SyntaxError):
+        return "Mend that line: Python could not read the file, so none of it ran."
+    if isinstance(error, SystemExit):
+        return "Raise an exception with a message instead: leaving the process would take a server down."
+    if isinstance(error, ImportError):
+        return "Mend the import, or install what is missing into this environment."
+    if isinstance(error, MemoryError) or "allocate memory" in text or "OutOfMemory" in type(error).__name__:
+        return "Use smaller sizes: look at the shape that is allocated there."
+    if isinstance(error, EOFError) or type(error).__name__ == "BdbQuit":
+        return "Remove input() and breakpoint(): the worker has no keyboard. print() goes to the log."
+    return "Mend that line; the log has the whole traceback." if where else "The log has the whole traceback."
+
+
+def _inside(file: str, port_root: str) -> bool:
+    return bool(port_root) and Path(file).is_relative_to(port_root)
+
+
+def _place(file: str, line: int, name: str, port_root: str) -> str:
+    place = f"{Path(file).name}:{line}" + (f", in {name}" if name else "")
+    try:
+        source = Path(file).read_text(errors="replace").splitlines()[line - 1].strip()
+    except (OSError, IndexError):
+        source = ""
+    return f"{place}: {source}" if source else place

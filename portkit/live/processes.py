@@ -1,0 +1,91 @@
+"""What the worker needs of Linux: find and end every process of a job, and measure its memory."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+MIB = 1024 * 1024
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def _prctl(option: int, value: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of its descendants whose own parent dies."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that forked it ends."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def thread_count(pid: int | str = "self") -> int:
+    return len(os.listdir(f"/proc/{pid}/task"))
+
+
+def children(pid: int) -> list[int]:
+    """Return the direct children of a process, whichever of its threads started them."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                found += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the processes below `pid`, parents before children."""
+    found = children(pid)
+    for child in found:
+        found += children(child)
+    return found
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a job's process, its group and everything below it, also what left the group."""
+    below = descendants(pid)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+    for process in (pid, *below):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(process, signal.SIGKILL)
+
+
+def resident_mib(pid: int) -> float:
+    """Return the resident memory of one process (its shared pages counted too), 0 if it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE / MIB
+    except (OSError, IndexError, ValueError):
+        return 0.0
+
+
+def job_memory_mib(pid: int, inherited_mib: float) -> float:
+    """Return the memory of a job's processes; the worker's own pages, which each shares, count once."""
+    sizes = [resident_mib(process) for process in (pid, *descendants(pid))]
+    return inherited_mib + sum(max(0.0, size - inherited_mib) for size in sizes if size)
+
+
+def available_mib() -> float:
+    """Return the memory this machine can still give, in MiB."""
+    return _meminfo("MemAvailable")
+
+
+def machine_mib() -> float:
+    return _meminfo("MemTotal")
+
+
+def _meminfo(key: str) -> float:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) / 1024
+    return 0.0

@@ -1,0 +1,101 @@
+"""Everything that differs between devices, each with its reason: tolerances and engine options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far two numbers may lie apart, and why that far."""
+
+    value: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The settings of the live checks on one kind of device."""
+
+    device: str
+    """"cpu" or "cuda"."""
+    logprobs: Tolerance
+    """vLLM against Transformers, natural logarithms of probabilities, float32, whole vocabulary."""
+    itself: Tolerance
+    """vLLM against vLLM with another batch."""
+    module: Tolerance
+    """One module's output against its counterpart's, relative to the largest value there."""
+    far: int
+    """The longest prompt that checks use, in tokens."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of vllm.LLM."""
+
+    @classmethod
+    def for_device(cls, device: str) -> Profile:
+        """Return the profile of "cpu" or "cuda"."""
+        return CUDA if device == "cuda" else CPU
+
+
+_OPTIONS: dict[str, Any] = {
+    # Float32, so that a difference means a bug and not rounding.
+    "dtype": "float32",
+    # Compilation is proven in step 7; here an error should point into the port's own lines.
+    "enforce_eager": True,
+    # Checks speak token ids: a tokenizer can neither hide nor cause a difference.
+    "skip_tokenizer_init": True,
+    "max_num_seqs": 8,
+    # Log-probabilities of the whole vocabulary may be asked for.
+    "max_logprobs": -1,
+    # A cached prefix would leave tokens uncomputed; step 7 turns it on.
+    "enable_prefix_caching": False,
+    "enable_chunked_prefill": True,
+    # Smaller than the long prompts, and no multiple of the block size: chunks end inside blocks.
+    "max_num_batched_tokens": 56,
+    # Several blocks even for short prompts (the CPU's default of 128 would put each into one).
+    "block_size": 32,
+    # The inputs_embeds path can be switched on without a second engine.
+    "enable_prompt_embeds": True,
+    "disable_log_stats": True,
+}
+
+CPU = Profile(
+    device="cpu",
+    logprobs=Tolerance(
+        1e-3,
+        "float32 sums in another order differ by 1e-5 to 1e-4 in log-probabilities on correct "
+        "ports; the smallest seeded bugs differ by more than 1e-2",
+    ),
+    itself=Tolerance(
+        1e-3, "another batch means other block sizes in the matrix products: about 1e-5 in float32"
+    ),
+    module=Tolerance(1e-4, "one layer's rounding in float32 is about 1e-6 of its largest value"),
+    far=1024,
+    options=_OPTIONS,
+)
+
+CUDA = Profile(
+    device="cuda",
+    logprobs=Tolerance(
+        2e-3, "as on the CPU; cuBLAS and the attention kernel sum in more different orders"
+    ),
+    itself=Tolerance(2e-3, "cuBLAS chooses another kernel for another batch size"),
+    module=Tolerance(2e-4, "as on the CPU, and cuBLAS' split sums"),
+    far=2048,
+    options={
+        **_OPTIONS,
+        # The Triton kernel multiplies float32 as TF32 (three decimal digits); this one does not.
+        "attention_config": {"backend": "FLEX_ATTENTION"},
+        # A tiny model needs next to nothing, and the GPU may be shared.
+        "gpu_memory_utilization": 0.2,
+    },
+)
+
+
+def device() -> tuple[str, str]:
+    """Return the device vLLM runs on and why; asks vLLM's platform, initialises nothing."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cuda():
+        return "cuda", f"vLLM's platform is CUDA ({current_platform.get_device_name()})"
+    return "cpu", "vLLM's platform is the CPU"

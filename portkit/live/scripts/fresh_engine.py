@@ -1,0 +1,42 @@
+"""What a user's own process does with the port: load it in vLLM and generate, with no portkit.
+
+Run as a plain script in a fresh interpreter (never imported): it must find the architecture by
+itself, through vLLM's registry or through the plugin's entry point.
+
+usage: fresh_engine.py REQUEST.json    (prints one line "RESULT {json}" at the end)
+"""
+
+import json
+import sys
+
+
+def main() -> None:
+    with open(sys.argv[1]) as stream:
+        request = json.load(stream)
+    import torch
+    import vllm
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    load_general_plugins()  # vLLM calls it in each process, more than once: register() is re-entrant
+    cuda_after_plugins = torch.cuda.is_initialized()
+    from vllm.model_executor.models import ModelRegistry
+
+    llm = vllm.LLM(request["checkpoint"], skip_tokenizer_init=True, **request["options"])
+    sampling = vllm.SamplingParams(temperature=0.0, max_tokens=request["max_tokens"])
+    outputs = llm.generate([{"prompt_token_ids": p} for p in request["prompts"]], sampling)
+    (model_class,) = set(llm.apply_model(lambda model: (type(model).__module__, type(model).__qualname__)))
+    answer = {
+        "model_class": list(model_class),
+        "model_file": getattr(sys.modules.get(model_class[0]), "__file__", ""),
+        "vllm_file": vllm.__file__,
+        "portkit_imported": "portkit" in sys.modules,
+        "supported": request["architecture"] in ModelRegistry.get_supported_archs(),
+        "cuda_after_plugins": cuda_after_plugins,
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+    }
+    print("RESULT " + json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Load a plugin as vLLM does, twice, and say what that did: entry points, imports, CUDA.
+
+Run as a plain script in a fresh interpreter. CUDA is watched at torch's own door,
+`torch.cuda._lazy_init`, so that a plugin which opens it is seen on a machine without a GPU too.
+
+usage: register_twice.py REQUEST.json    (prints one line "RESULT {json}" at the end)
+"""
+
+import json
+import sys
+import traceback
+from importlib.metadata import entry_points
+
+
+def main() -> None:
+    with open(sys.argv[1]) as stream:
+        request = json.load(stream)
+    found = [
+        (point.group, point.name, point.value, getattr(point.dist, "name", ""))
+        for point in entry_points()
+        if point.value.split(":")[0].split(".")[0] == request["package"]
+    ]
+    import torch
+
+    opened = []
+    lazy_init = torch.cuda._lazy_init
+
+    def watched():
+        opened.append(traceback.extract_stack()[-2])
+        return lazy_init()
+
+    torch.cuda._lazy_init = watched
+    error = where = ""
+    try:
+        for point in entry_points(group="vllm.general_plugins"):
+            if point.value.split(":")[0].split(".")[0] == request["package"]:
+                register = point.load()
+                register()
+                register()
+    except BaseException as problem:
+        error = f"{type(problem).__name__}: {problem}"
+        frames = [f for f in traceback.extract_tb(problem.__traceback__) if request["package"] in f.filename]
+        where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    from vllm.model_executor.models import ModelRegistry
+
+    answer = {
+        "entry_points": found,
+        "error": error,
+        "where": where,
+        "cuda_opened": [f"{frame.filename}:{frame.lineno}" for frame in opened],
+        "cuda_initialized": torch.cuda.is_initialized(),
+        "modeling_imported": request["module"] in sys.modules,
+        "supported": request["architecture"] in ModelRegistry.get_supported_archs(),
+    }
+    print("RESULT " + json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""Finds the roles of a file's classes and fills in `ModelFacts`. See facts.py for the values."""
+
+from __future__ import annotations
+
+import ast
+
+from portkit.analysis.classes import ClassView, ModuleView, argument, call_name, text, view_module
+from portkit.analysis.facts import (
+    EmbeddingFacts,
+    HeadFacts,
+    LayerFacts,
+    ModelFacts,
+    NormClass,
+    NormUse,
+    RotaryFacts,
+    Unknown,
+)
+from portkit.analysis.norms import formula_of, is_norm
+from portkit.analysis.read_blocks import is_attention, linears_of, read_attention, read_mlp
+from portkit.analysis.rotary import layout_of
+
+VLLM_NORMS = ("RMSNorm", "GemmaRMSNorm", "LayerNorm")
+
+
+class Reader:
+    """Collects facts of one file; `unknown` grows as it goes."""
+
+    def __init__(self, source: str, architecture: str) -> None:
+        self.module: ModuleView = view_module(source)
+        self.architecture = architecture
+        self.unknown: list[Unknown] = []
+        self.norms = tuple(self._norm_class(c) for c in self.module.classes.values() if is_norm(c))
+
+    def cannot_tell(self, about: str, what: str, line: int) -> None:
+        self.unknown.append(Unknown(about, what, line))
+
+    # ---- roles ------------------------------------------------------------------------------
+
+    def submodule(self, view: ClassView, wanted) -> tuple[str, ClassView] | None:
+        """First submodule (attr, class) whose class satisfies `wanted`."""
+        for item in view.assigned:
+            for call in (n for n in ast.walk(item.value) if isinstance(n, ast.Call)):
+                found = self.module.classes.get(call_name(call))
+                if found is not None and wanted(found):
+                    return item.attr, found
+        return None
+
+    def layers_of(self, view: ClassView) -> tuple[str, ClassView] | None:
+        """(attr, layer class) of nn.ModuleList([...]) or make_layers(...)."""
+        for item in view.assigned:
+            name = call_name(item.value)
+            if name.rsplit(".", 1)[-1] not in ("ModuleList", "make_layers"):
+                continue
+            if name == "make_layers" and item.attr in ("start_layer", "end_layer"):
+                continue
+            for call in (n for n in ast.walk(item.value) if isinstance(n, ast.Call)):
+                found = self.module.classes.get(call_name(call))
+                if found is not None:
+                    return item.attr, found
+        return None
+
+    def norms_of(self, view: ClassView) -> tuple[NormUse, ...]:
+        """Norm submodules of a class, in the order of `__init__`."""
+        own = {n.name for n in self.norms}
+        uses = []
+        for item in view.assigned:
+            name = call_name(item.value)
+            short = name.rsplit(".", 1)[-1]
+            if isinstance(item.value, ast.Call) and (name in own or short in VLLM_NORMS):
+                call = item.value
+                size = call.args[0] if call.args else (call.keywords[0].value if call.keywords else None)
+                uses.append(NormUse(item.attr, name, text(view.resolve(size)) if size is not None else "", item.line))
+        return tuple(uses)
+
+    def _norm_class(self, view: ClassView) -> NormClass:
+        formula, why, line = formula_of(view)
+        init = view.init
+        names = tuple(a.arg for a in init.args.args[1:]) if init else ()
+        defaults = dict(zip(reversed(names), reversed(init.args.defaults))) if init else {}
+        eps = next((text(defaults[n]) for n in names if "eps" in n and n in defaults), "")
+        return NormClass(view.name, formula, eps, names, why, line)
+
+    # ---- the parts --------------------------------------------------------------------------
+
+    def rotary(self, model: ClassView | None, attention: ClassView | None) -> RotaryFacts | None:
+        module = self.module
+        functions = [f for name, f in module.functions.items() if "rotary" in name and len(f.args.args) >= 4]
+        holder = None
+        for view in (model, attention):
+            if view is not None and holder is None:
+                holder = self.submodule(view, lambda c: "inv_freq" in text(c.node))
+        if not functions or holder is None:
+            return None
+        called = {call_name(n) for n in ast.walk(attention.forward)} if attention and attention.forward else set()
+        function = next((f for f in functions if f.name in called), functions[0])
+        layout, partial, why, line = layout_of(module, holder[1], function)
+        if layout == "unknown":
+            self.cannot_tell("rotary", why, line)
+        return RotaryFacts(holder[1].name, function.name, layout, partial, why, line)
+
+    def layer(self, view: ClassView) -> LayerFacts:
+        attention = self.submodule(view, is_attention)
+        norms = self.norms_of(view)
+        mlps = []
+        for item in view.assigned:
+            found = self.module.classes.get(call_name(item.value))
+            if found is not None and (attention is None or found is not attention[1]) and linears_of(found):
+                if item.attr not in mlps:
+                    mlps.append(item.attr)
+        forward = text(view.forward) if view.forward else ""
+        attr = attention[0] if attention else ""
+        return LayerFacts(view.name, view.line, attr, tuple(mlps), norms, _residual(forward, norms, attr, mlps))
+
+    def embedding(self, view: ClassView) -> EmbeddingFacts | None:
+        for item in view.assigned:
+            for call in (n for n in ast.walk(item.value) if isinstance(n, ast.Call)):
+                name = call_name(call)
+                own = self.module.classes.get(name)
+                bases = own.bases if own else ()
+                if name.rsplit(".", 1)[-1] in ("Embedding", "VocabParallelEmbedding"):
+                    return EmbeddingFacts(item.attr, name, "", item.line)
+                if own is not None and any(b.rsplit(".", 1)[-1] in ("Embedding", "VocabParallelEmbedding") for b in bases):
+                    scale = next((k.value for k in call.keywords if k.arg and "scale" in k.arg), None)
+                    return EmbeddingFacts(item.attr, name, text(scale), item.line)
+        return None
+
+    def head(self, view: ClassView) -> HeadFacts | None:
+        for item in view.assigned:
+            name = call_name(item.value).rsplit(".", 1)[-1]
+            if "head" not in item.attr or name not in ("Linear", "ParallelLMHead"):
+                continue
+            assert isinstance(item.value, ast.Call)
+            bias = argument(item.value, 2, "bias")
+            ties = "_tied_weights_keys" in text(view.node) or "tie_weights" in text(view.node) or any(
+                "embed" in text(s.value) and "weight" in text(s.targets[0])
+                for s in ast.walk(view.node) if isinstance(s, ast.Assign)
+            )
+            scale, cap = _logit_operations(view)
+            default = "True" if name == "Linear" else "False"
+            return HeadFacts(item.attr, text(bias) or default, item.line, ties, scale, cap)
+        return None
+
+    def config_fields(self) -> tuple[tuple[str, int], ...]:
+        found: dict[str, int] = {}
+        for node in ast.walk(self.module.tree):
+            if isinstance(node, ast.Attribute) and text(node.value) in ("config", "self.config"):
+                found.setdefault(node.attr, node.lineno)
+            elif isinstance(node, ast.Call) and call_name(node) == "getattr" and len(node.args) >= 2:
+                if text(node.args[0]) in ("config", "self.config") and isinstance(node.args[1], ast.Constant):
+                    found.setdefault(str(node.args[1].value), node.lineno)
+        return tuple(sorted(found.items(), key=lambda pair: pair[1]))
+
+
+def read_facts(source: str, architecture: str) -> ModelFacts:
+    reader = Reader(source, architecture)
+    classes = reader.module.classes
+    lm = classes.get(architecture)
+    if lm is None:
+        reader.cannot_tell("roles", f"there is no class {architecture} in the file", 1)
+    held = reader.submodule(lm, lambda c: reader.layers_of(c) is not None) if lm else None
+    if lm is not None and held is None:
+        reader.cannot_tell("roles", f"no submodule of {architecture} holds a list of decoder layers", lm.line)
+    model = held[1] if held else None
+    layers = reader.layers_of(model) if model else None
+    layer = reader.layer(layers[1]) if layers else None
+    attention = reader.submodule(layers[1], is_attention) if layers else None
+    if layers and attention is None:
+        reader.cannot_tell("roles", f"no submodule of {layers[1].name} is an attention", layers[1].line)
+    rotary = reader.rotary(model, attention[1] if attention else None)
+    attention_facts = read_attention(reader, attention[1]) if attention else None
+    mlps = []
+    if layers:
+        by_attr = {a.attr: call_name(a.value) for a in layers[1].assigned}
+        for name in dict.fromkeys(by_attr[a] for a in layer.mlp_attrs):
+            mlps.append(read_mlp(reader, classes[name]))
+    for norm in reader.norms:
+        if norm.formula == "unknown":
+            reader.cannot_tell("norm", norm.why, norm.line)
+    final = [n.attr for n in reader.norms_of(model)] if model else []
+    return ModelFacts(
+        architecture=architecture,
+        state=_state(reader, lm, model, attention[1] if attention else None),
+        causal_lm=lm.name if lm else "",
+        model=model.name if model else "",
+        model_attr=held[0] if held else "",
+        layers_attr=layers[0] if layers else "",
+        final_norm=final[-1] if final else "",
+        layer=layer,
+        attention=attention_facts,
+        mlp=tuple(mlps),
+        norm_classes=reader.norms,
+        rotary=rotary,
+        embedding=reader.embedding(model) if model else None,
+        head=reader.head(lm) if lm else None,
+        config_class=_config_class(reader.module, lm, model),
+        config_fields=reader.config_fields(),
+        unknown=tuple(reader.unknown),
+    )
+
+
+def _state(reader: Reader, lm: ClassView | None, model: ClassView | None, attention: ClassView | None):
+    if lm is None or attention is None or attention.init is None:
+        return "copy"
+    if "load_weights" in lm.methods:
+        return "weights"
+    called = {call_name(n) for n in ast.walk(attention.init)}
+    if "QKVParallelLinear" in called and "ParallelLMHead" in text(lm.node):
+        return "parallel"
+    takes = [a.arg for f in (lm.forward, model.forward if model else None) if f for a in f.args.args]
+    if "Attention" in called and "positions" in takes and "compute_logits" in lm.methods:
+        return "forward"
+    return "copy"
+
+
+def _config_class(module: ModuleView, *views: ClassView | None) -> str:
+    for view in views:
+        for node in ast.walk(view.node) if view else ():
+            if isinstance(node, ast.arg) and node.arg == "config" and node.annotation is not None:
+                return text(node.annotation)
+    return next((n for n in module.imported if n.endswith("Config") and n[0].isupper() and n not in
+                 ("CacheConfig", "VllmConfig", "QuantizationConfig")), "")
+
+
+def _residual(forward: str, norms: tuple[NormUse, ...], attention: str, mlps: list[str]):
+    """Shape of the residual stream, from the order in which the layer calls its parts."""
+    order = []
+    try:
+        tree = ast.parse(forward)
+    except SyntaxError:
+        return "other"
+    names = {n.attr: "norm" for n in norms} | {attention: "attention"} | {m: "mlp" for m in mlps}
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and call_name(n).startswith("self.")]
+    for call in sorted(calls, key=lambda n: (n.lineno, -n.col_offset)):
+        kind = names.get(call_name(call).removeprefix("self."))
+        if kind:
+            order.append(kind)
+    return {
+        ("norm", "attention", "norm", "mlp"): "pre",
+        ("norm", "attention", "norm", "norm", "mlp", "norm"): "sandwich",
+        ("attention", "norm", "mlp", "norm"): "post",
+        ("norm", "attention", "mlp"): "parallel",
+        ("norm", "norm", "attention", "mlp"): "parallel",
+    }.get(tuple(order), "other")
+
+
+def _logit_operations(view: ClassView) -> tuple[str, str]:
+    """(scale, soft cap) that the class applies to logits, by dividing, multiplying and tanh."""
+    scale = cap = ""
+    for method in (view.methods.get("compute_logits"), view.forward):
+        if method is None or scale or cap:
+            continue
+        statements = [s for s in ast.walk(method) if isinstance(s, ast.Assign) and text(s.targets[0]) == "logits"]
+        values = [s.value for s in sorted(statements, key=lambda s: s.lineno)]
+        tanh = any(call_name(v).rsplit(".", 1)[-1] == "tanh" for v in values)
+        for value in values:
+            if isinstance(value, ast.BinOp) and text(value.left) == "logits":
+                factor = text(view.resolve(value.right)).replace("self.config.", "config.")
+                if tanh:
+                    cap = factor
+                elif isinstance(value.op, ast.Div):
+                    scale = f"1 / {factor}"
+                elif isinstance(value.op, ast.Mult):
+                    scale = factor
+    return scale, cap

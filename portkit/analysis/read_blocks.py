@@ -1,0 +1,251 @@
+"""Facts of attention and feed-forward classes."""
+
+from __future__ import annotations
+
+import ast
+from typing import TYPE_CHECKING, Any
+
+from portkit.analysis.classes import Assigned, ClassView, argument, call_name, text
+from portkit.analysis.facts import AttentionFacts, Linear, MlpFacts
+from portkit.analysis.symbolic import CannotTell, Interpreter
+
+if TYPE_CHECKING:
+    from portkit.analysis.read import Reader
+
+_LINEAR_ARGUMENTS = {
+    "Linear": ("in_features", "out_features", 2, "True"),
+    "ColumnParallelLinear": ("input_size", "output_size", 2, "True"),
+    "RowParallelLinear": ("input_size", "output_size", 2, "True"),
+    "ReplicatedLinear": ("input_size", "output_size", 2, "True"),
+    "MergedColumnParallelLinear": ("input_size", "output_sizes", 2, "True"),
+    "QKVParallelLinear": ("hidden_size", "head_size", 4, "True"),
+}
+
+
+def linear_of(view: ClassView, item: Assigned) -> Linear | None:
+    name = call_name(item.value)
+    known = _LINEAR_ARGUMENTS.get(name.rsplit(".", 1)[-1])
+    if known is None or not isinstance(item.value, ast.Call):
+        return None
+    first, second, bias_position, default = known
+    shown = [argument(item.value, 0, first), argument(item.value, 1, second)]
+    sizes = [text(view.resolve(e)).replace("self.config.", "config.") if e is not None else "" for e in shown]
+    bias = argument(item.value, bias_position, "bias")
+    return Linear(item.attr, name, sizes[0], sizes[1], text(bias) if bias is not None else default, item.line)
+
+
+def linears_of(view: ClassView) -> dict[str, Linear]:
+    """Linear layers of a class by attribute."""
+    found = {item.attr: linear_of(view, item) for item in view.assigned}
+    return {attr: linear for attr, linear in found.items() if linear is not None}
+
+
+def is_attention(view: ClassView) -> bool:
+    """Has an attention call (Transformers' interface, vLLM's Attention, or a softmax of its own)."""
+    if view.forward is None or view.init is None or not linears_of(view):
+        return False
+    written = text(view.node)
+    if "attention_interface" in written or "ALL_ATTENTION_FUNCTIONS" in written:
+        return True
+    if any(call_name(item.value) == "Attention" for item in view.assigned):
+        return True
+    return "softmax(" in written and "matmul" in written
+
+
+def attention_call(view: ClassView) -> ast.Call | None:
+    """The call that attends: attention_interface(self, q, k, v, ...) or Attention(...)'s self.attn."""
+    if view.forward is None:
+        return None
+    for node in ast.walk(view.forward):
+        if isinstance(node, ast.Call) and node.args and text(node.args[0]) == "self" and len(node.args) >= 4:
+            return node
+    for item in view.assigned:
+        if call_name(item.value) == "Attention":
+            return next((n for n in ast.walk(view.forward) if call_name(n) == f"self.{item.attr}"), None)
+    return None
+
+
+def read_attention(reader: Reader, view: ClassView) -> AttentionFacts:
+    """Facts of the attention class in any state; what is missing is reported as unknown."""
+    linears = linears_of(view)
+    flows = _flows(view, set(linears))
+    call = attention_call(view)
+    if call is None:
+        reader.cannot_tell("attention", f"{view.name}.forward has no attention_interface(self, q, k, v, ...) call",
+                           view.forward.lineno if view.forward else view.line)
+    inputs = [a for a in call.args if text(a) != "self"][:3] if call else []
+    role = {}
+    for name, node in zip("qkv", inputs):
+        sources = {s for n in ast.walk(node) if isinstance(n, ast.Name) for s in flows.get(n.id, ())}
+        role[name] = next(iter(sources), None) if len(sources) == 1 else None
+    fused = role.get("q") is not None and role.get("q") == role.get("k") == role.get("v")
+    output = _output_linear(view, linears, set(role.values()))
+    attention = next((i.value for i in view.assigned if call_name(i.value) == "Attention"), None)
+    heads = kv_heads = ""
+    if attention is not None:
+        heads = text(argument(attention, 0, "num_heads"))
+        kv_heads = text(argument(attention, 3, "num_kv_heads")) or heads
+        head_dim = text(argument(attention, 1, "head_size"))
+        scaling = text(argument(attention, 2, "scale"))
+        window = text(argument(attention, 9, "per_layer_sliding_window"))
+        cap = text(argument(attention, 8, "logits_soft_cap"))
+    else:
+        head_dim = "self.head_dim" if view.get("head_dim") else ""
+        keywords = {k.arg: text(k.value) for k in call.keywords if k.arg} if call else {}
+        scaling, window, cap = (keywords.get(n, "") for n in ("scaling", "sliding_window", "softcap"))
+    q, k, v = (linears.get(role.get(n) or "") for n in "qkv")
+    resolved_dim = text(view.resolve(ast.parse(head_dim, mode="eval").body)) if head_dim else ""
+    resolved_dim = resolved_dim.replace("self.config.", "config.")
+    if attention is None and not fused:
+        heads, kv_heads = (_heads(linear, resolved_dim) for linear in (q, k))
+    if attention is None and fused:
+        heads, kv_heads = _fused_heads(view)
+    norms = tuple(n for n in reader.norms_of(view))
+    per_head = None
+    if norms:
+        per_head = all(n.size.replace("self.config.", "config.") in (resolved_dim, head_dim) for n in norms)
+    return AttentionFacts(
+        cls=view.name, line=view.line, q=None if fused else q, k=None if fused else k, v=None if fused else v,
+        o=linears.get(output), qkv=q if fused else None,
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, scaling=scaling,
+        sliding_window="" if window == "None" else window, soft_cap="" if cap == "None" else cap,
+        norms=norms, per_head_norm=per_head,
+    )
+
+
+def _flows(view: ClassView, linears: set[str]) -> dict[str, frozenset[str]]:
+    """Local name in forward -> attributes of the linears whose outputs reach it (up to attention)."""
+    flows: dict[str, frozenset[str]] = {}
+
+    def sources(node: ast.expr) -> frozenset[str]:
+        if isinstance(node, ast.Call) and call_name(node).removeprefix("self.") in linears:
+            return frozenset({call_name(node).removeprefix("self.")})
+        if isinstance(node, ast.Name):
+            return flows.get(node.id, frozenset())
+        return frozenset(s for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)
+                         for s in sources(child))
+
+    def rotates(value: ast.expr, targets: list[ast.expr]) -> bool:
+        return isinstance(value, ast.Call) and len(targets) == 2 and len(value.args) >= 2
+
+    for statement in _ordered(view.forward):
+        if not isinstance(statement, ast.Assign | ast.AnnAssign) or statement.value is None:
+            continue
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
+        if any(isinstance(n, ast.Call) and n.args and text(n.args[0]) == "self" for n in ast.walk(statement.value)):
+            break
+        if isinstance(target, ast.Name):
+            flows[target.id] = sources(statement.value)
+        elif isinstance(target, ast.Tuple):
+            value = statement.value
+            if isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts):
+                parts = [sources(e) for e in value.elts]
+            elif rotates(value, target.elts):
+                tensors = [a for a in value.args if sources(a)]
+                parts = [sources(a) for a in tensors] if len(tensors) == 2 else [sources(value)] * 2
+            else:
+                parts = [sources(value)] * len(target.elts)
+            for element, part in zip(target.elts, parts):
+                if isinstance(element, ast.Name):
+                    flows[element.id] = part
+    return flows
+
+
+def _ordered(function: ast.FunctionDef | None) -> list[ast.stmt]:
+    if function is None:
+        return []
+    found = [n for n in ast.walk(function) if isinstance(n, ast.stmt) and n is not function]
+    return sorted(found, key=lambda n: n.lineno)
+
+
+def _output_linear(view: ClassView, linears: dict[str, Linear], inputs: set[str | None]) -> str:
+    """The linear called after attention: the only one that is none of q, k, v."""
+    called = [call_name(n).removeprefix("self.") for n in ast.walk(view.forward) if isinstance(n, ast.Call)]
+    rest = [attr for attr in linears if attr in called and attr not in inputs]
+    return rest[0] if len(rest) == 1 else ""
+
+
+def _heads(linear: Linear | None, head_dim: str) -> str:
+    """The factor of out_features beside the head dimension."""
+    if linear is None:
+        return ""
+    node = ast.parse(linear.out_features or "None", mode="eval").body
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        left, right = text(node.left), text(node.right)
+        if right == head_dim:
+            return left
+        if left == head_dim:
+            return right
+    return ""
+
+
+def _fused_heads(view: ClassView) -> tuple[str, str]:
+    written = text(view.node)
+    heads = "config.num_attention_heads" if "num_attention_heads" in written else ""
+    return heads, "config.num_key_value_heads" if "num_key_value_heads" in written else heads
+
+
+# ---- feed-forward -------------------------------------------------------------------------------
+
+
+class _Mlp(Interpreter):
+    """Values are terms: ("x",), ("linear", attr, t), ("act", t), ("mul", t, u), ("part", t, i, n)."""
+
+    def __init__(self, view: ClassView, linears: set[str]) -> None:
+        self.view, self.linears = view, linears
+
+    def binary(self, node: ast.BinOp, left: Any, right: Any) -> Any:
+        if isinstance(node.op, ast.Mult):
+            return ("mul", left, right)
+        return super().binary(node, left, right)
+
+    def call(self, node: ast.Call, values: dict[str, Any]) -> Any:
+        name = call_name(node)
+        attr = name.removeprefix("self.")
+        if name.endswith("functional.dropout") or name == "F.dropout":
+            return self.value(node.args[0], values)
+        if name.startswith("self.") and "." not in attr and node.args:
+            inner = self.value(node.args[0], values)
+            if attr in self.linears:
+                return ("linear", attr, inner)
+            made = self.view.get(attr)
+            if made is not None and "Dropout" in text(made.value):
+                return inner
+            if made is not None and ("ACT2FN" in text(made.value) or "act" in attr):
+                return ("act", attr, inner)
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "chunk":
+            if argument(node, 0, "chunks") is not None and text(argument(node, 0, "chunks")) == "2":
+                if text(argument(node, 1, "dim")) == "-1":
+                    inner = self.value(node.func.value, values)
+                    return (("part", inner, 0), ("part", inner, 1))
+        return super().call(node, values)
+
+
+def read_mlp(reader: Reader, view: ClassView) -> MlpFacts:
+    """Which of the three known shapes the class computes: gated, gated with one fused linear, plain."""
+    linears = linears_of(view)
+    acts = [a for a in view.assigned if "ACT2FN" in text(a.value) or "act" in a.attr]
+    activation = text(acts[0].value) if acts else ""
+    why = ""
+    try:
+        forward = view.forward
+        if forward is None or len(forward.args.args) < 2:
+            raise CannotTell(f"{view.name} has no forward(x)", view.node)
+        term = _Mlp(view, set(linears)).run(forward, {forward.args.args[1].arg: ("x",)})
+        match term:
+            case ("linear", down, ("mul", ("act", act, ("linear", gate, ("x",))), ("linear", up, ("x",)))) | (
+                "linear", down, ("mul", ("linear", up, ("x",)), ("act", act, ("linear", gate, ("x",))))
+            ):
+                return MlpFacts(view.name, view.line, "gated", linears[gate], linears[up], linears[down], act, activation)
+            case ("linear", down, ("mul", ("act", act, ("part", ("linear", up, ("x",)), 0)), ("part", _, 1))) | (
+                "linear", down, ("mul", ("part", _, 1), ("act", act, ("part", ("linear", up, ("x",)), 0)))
+            ):
+                return MlpFacts(view.name, view.line, "gated_fused", None, linears[up], linears[down], act, activation)
+            case ("linear", down, ("act", act, ("linear", up, ("x",)))):
+                return MlpFacts(view.name, view.line, "plain", None, linears[up], linears[down], act, activation)
+        why, line = f"{view.name} is neither down(act(gate(x)) * up(x)) nor down(act(up(x)))", forward.lineno
+    except CannotTell as unknown:
+        why, line = unknown.what, unknown.line or view.line
+    if all(linear.cls.endswith("nn.Linear") or linear.cls == "Linear" for linear in linears.values()):
+        reader.cannot_tell("mlp", why, line)
+    return MlpFacts(view.name, view.line, "unknown", None, None, None, acts[0].attr if acts else "", activation, why)

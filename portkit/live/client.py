@@ -185,7 +185,7 @@ _lives_lock = threading.Lock()
 
 def live_for(port: Port | Path | None) -> Live:
     """Return this process's handle for a port (None: for jobs without one), always the same one."""
-    root = getattr(port, "root", port)
+    root = port if isinstance(port, (Path, type(None))) else port.root
     key = str(Path(root).resolve()) if root else ""
     with _lives_lock:
         if key not in _lives:

@@ -1,11 +1,9 @@
-"""Import the port's own code, afresh, and say where in it something went wrong."""
+"""Import the port's own code, afresh, in the process of a job."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-import traceback
-from pathlib import Path
 from types import ModuleType
 
 from portkit.errors import PortkitError
@@ -13,15 +11,15 @@ from portkit.port import Port
 
 
 def import_port(port: Port) -> ModuleType:
-    """Import the port's modeling module anew and return it; PortkitError with the line if it fails.
+    """Import the port's modeling module anew and return it; what its code raises passes through.
 
-    Its package is found in the port's folder before anywhere else, so an older installed copy of
-    the plugin is never what is tested.
+    Its package is found in the port's folder before anywhere else, so an installed copy of the
+    plugin is never what is tested.
     """
     if not port.modeling.exists():
         raise PortkitError(
             "The port has no modeling file yet.", str(port.modeling.relative_to(port.root)),
-            "Do step 1 first: `portkit draft copy`.",
+            "Do the step `copy` first.",
         )
     for name in [n for n in sys.modules if n == port.package or n.startswith(port.package + ".")]:
         del sys.modules[name]
@@ -30,42 +28,20 @@ def import_port(port: Port) -> ModuleType:
         sys.path.remove(root)
     sys.path.insert(0, root)
     importlib.invalidate_caches()
-    try:
-        return importlib.import_module(port.module)
-    except PortkitError:
-        raise
-    except SyntaxError as error:
-        raise PortkitError(
-            f"The modeling file does not parse: {error.msg}.",
-            f"{Path(error.filename or port.modeling).name}:{error.lineno}", "Mend that line.",
-        ) from error
-    except Exception as error:
-        raise PortkitError(
-            f"Importing the port fails: {type(error).__name__}: {error}",
-            frame_in_port(error, port) or port.modeling.name,
-            "Mend the line; a name that does not exist there may have moved in this version.",
-        ) from error
+    return importlib.import_module(port.module)
 
 
 def port_class(port: Port) -> type:
-    """Import the port and return its class for the architecture."""
+    """Import the port and return its class for the architecture; PortkitError if it has none."""
     module = import_port(port)
     cls = getattr(module, port.architecture, None)
     if not isinstance(cls, type):
-        classes = [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__]
+        own = [
+            name for name, value in vars(module).items()
+            if isinstance(value, type) and value.__module__ == module.__name__
+        ]
         raise PortkitError(
             f"The port defines no class {port.architecture}.", port.modeling.name,
-            f"It defines {', '.join(classes) or 'none'}; config.json asks for {port.architecture}.",
+            f"config.json asks for {port.architecture}; the file defines {', '.join(own) or 'none'}.",
         )
     return cls
-
-
-def frame_in_port(error: BaseException, port: Port) -> str:
-    """Return the innermost frame of the port's own code, "file.py:12, in forward", or ""."""
-    seen: BaseException | None = error
-    while seen is not None:
-        for frame in reversed(traceback.extract_tb(seen.__traceback__)):
-            if Path(frame.filename).is_relative_to(port.root / port.package):
-                return f"{Path(frame.filename).name}:{frame.lineno}, in {frame.name}"
-        seen = seen.__cause__ or seen.__context__
-    return ""

@@ -91,11 +91,3 @@ CUDA = Profile(
     },
 )
 
-
-def device() -> tuple[str, str]:
-    """Return the device vLLM runs on and why; asks vLLM's platform, initialises nothing."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cuda():
-        return "cuda", f"vLLM's platform is CUDA ({current_platform.get_device_name()})"
-    return "cpu", "vLLM's platform is the CPU"

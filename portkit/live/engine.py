@@ -1,0 +1,234 @@
+"""vLLM's engine in this process, running the port's class on a checkpoint.
+
+One way in for every job that wants a live engine. `start` registers the port's class object under
+its architecture and then makes sure that this is the class that runs: vLLM serves an architecture
+it does not know through its Transformers backend, without a word.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from vllm import LLM, ModelRegistry, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from portkit.errors import PortkitError
+from portkit.live import loader as portkit_loader
+from portkit.live.checkpoint import Checkpoint, open_checkpoint
+from portkit.live.device import find_device
+from portkit.live.portmodule import port_class
+from portkit.live.profile import Profile
+from portkit.port import Port
+
+Prompt = Sequence[int] | torch.Tensor
+"""Token ids, or embeddings of shape [n, hidden size] in the engine's dtype."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What the engine answered to one prompt."""
+
+    tokens: tuple[int, ...]
+    """The generated token ids."""
+    logprobs: np.ndarray
+    """float32 [len(tokens), vocab]: row i is the distribution that token i was taken from."""
+    prompt_logprobs: np.ndarray
+    """float32 [n - 1, vocab]: row i is the distribution after prompt tokens 0..i; [0, vocab] if not asked for."""
+
+    @property
+    def rows(self) -> np.ndarray:
+        """float32 [n, vocab]: the distribution after each prompt token, the last one included."""
+        return np.concatenate([self.prompt_logprobs, self.logprobs[:1]])
+
+
+@dataclass
+class Engine:
+    """A started engine. Use `start`; it is stopped when its `with` block ends."""
+
+    llm: LLM
+    port: Port
+    checkpoint: Checkpoint
+    profile: Profile
+    port_class: type
+    tensor_parallel_size: int
+    schedule: list[dict[str, int]] = field(default_factory=list)
+    """What the scheduler decided: per engine step, request id -> number of tokens computed."""
+
+    @property
+    def runner(self) -> Any:
+        """vLLM's model runner (one process only)."""
+        return self._core.model_executor.driver_worker.worker.model_runner
+
+    @property
+    def model(self) -> nn.Module:
+        """The port's model, inside the runner (one process only)."""
+        return self.runner.get_model()
+
+    @property
+    def _core(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.llm.llm_engine.model_config.get_vocab_size())
+
+    def on_model(self, function: Callable[[nn.Module], Any]) -> list[Any]:
+        """Call a module-level function on every rank's model and return their answers."""
+        return self.llm.apply_model(function)
+
+    def generate(
+        self, prompts: Sequence[Prompt], max_tokens: int = 1, *, prompt_logprobs: bool = False,
+    ) -> list[Generated]:
+        """Run prompts together, greedily, with the log-probabilities of the whole vocabulary.
+
+        Ends only at max_tokens: an end-of-text token is a token like any other here.
+        """
+        sampling = SamplingParams(
+            max_tokens=max_tokens, temperature=0.0, logprobs=-1, ignore_eos=True, detokenize=False,
+            prompt_logprobs=-1 if prompt_logprobs else None, flat_logprobs=True,
+        )
+        inputs = [
+            {"prompt_embeds": p} if isinstance(p, torch.Tensor) else {"prompt_token_ids": list(p)}
+            for p in prompts
+        ]
+        outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
+        return [
+            Generated(
+                tuple(output.outputs[0].token_ids),
+                self._table(output.outputs[0].logprobs, 0),
+                # The first prompt token has no distribution: nothing came before it.
+                self._table(output.prompt_logprobs, 1),
+            )
+            for output in outputs
+        ]
+
+    def prompt_logprobs(self, prompts: Sequence[Sequence[int]], *, together: bool = False) -> list[np.ndarray]:
+        """Return float32 [n, vocab] per prompt: the distribution after each of its n tokens.
+
+        One prompt at a time, or all of them in one batch.
+        """
+        if together:
+            return [g.rows for g in self.generate(prompts, prompt_logprobs=True)]
+        return [self.generate([p], prompt_logprobs=True)[0].rows for p in prompts]
+
+    @contextmanager
+    def recorded_schedule(self) -> Iterator[list[dict[str, int]]]:
+        """Collect the scheduler's decisions made inside the block."""
+        start = len(self.schedule)
+        taken: list[dict[str, int]] = []
+        yield taken
+        taken.extend(step for step in self.schedule[start:] if step)
+
+    @contextmanager
+    def embedding_inputs(self, on: bool) -> Iterator[None]:
+        """Inside the block the runner gives the model inputs_embeds (or token ids) for any prompt."""
+        runner = self.runner
+        before = runner.enable_prompt_embeds
+        runner.enable_prompt_embeds = on
+        try:
+            yield
+        finally:
+            runner.enable_prompt_embeds = before
+
+    def _table(self, flat: Any, skip: int) -> np.ndarray:
+        if flat is None:
+            return np.zeros((0, self.vocab_size), np.float32)
+        starts, ends = flat.start_indices[skip:], flat.end_indices[skip:]
+        ids = np.asarray(flat.token_ids, np.int64)
+        values = np.asarray(flat.logprobs, np.float32)
+        table = np.full((len(starts), self.vocab_size), np.nan, np.float32)
+        for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            table[row, ids[start:end]] = values[start:end]
+        return table
+
+    def _record_schedule(self) -> None:
+        scheduler = self._core.scheduler
+        original = scheduler.schedule
+
+        def schedule(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            self.schedule.append(dict(output.num_scheduled_tokens))
+            return output
+
+        scheduler.schedule = schedule
+
+
+@contextmanager
+def start(
+    root: Path, *, loader: Literal["portkit", "port"], tensor_parallel_size: int = 1,
+    checkpoint: Path | None = None, **llm_options: Any,
+) -> Iterator[Engine]:
+    """Start vLLM on the port and yield the engine; stop it afterwards.
+
+    `loader`: "portkit" fills the weights for the port, "port" uses its own load_weights.
+    `checkpoint`: another folder than the port's. `llm_options` go to vllm.LLM, over the profile's.
+    Raises PortkitError for a bad checkpoint or if another class than the port's was started, and
+    whatever the port's own code raises.
+    """
+    port = Port(Path(root).resolve())
+    opened = open_checkpoint(checkpoint or port.checkpoint)
+    profile = Profile.for_device(find_device()[0])
+    cls = port_class(port)
+    architectures = opened.config["architectures"]
+    if port.architecture not in architectures:
+        raise PortkitError(
+            f"The checkpoint is of {', '.join(architectures)}, not of {port.architecture}.",
+            str(opened.root / "config.json"), "Use a checkpoint of the architecture being ported.",
+        )
+    ModelRegistry.register_model(port.architecture, cls)
+    options = {
+        **profile.options,
+        "max_model_len": longest(opened.config, profile),
+        "load_format": portkit_loader.LOAD_FORMAT if loader == "portkit" else "safetensors",
+        "tensor_parallel_size": tensor_parallel_size,
+        **llm_options,
+    }
+    # One process holds engine and model, so that a job can reach the model.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # Needed to call a function on the models of other ranks; nothing comes over a network here.
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    # The runner that takes inputs_embeds from any prompt; the newer one does not yet.
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    if options["enforce_eager"]:
+        # vLLM's sampler compiles small functions of its own: 12 s the first time, for nothing here.
+        torch.compiler.set_stance("force_eager")
+    llm = LLM(str(opened.root), **options)
+    engine = Engine(llm, port, opened, profile, cls, tensor_parallel_size)
+    try:
+        engine._record_schedule()
+        served = set(engine.on_model(_class_of))
+        if served != {(cls.__module__, cls.__qualname__)}:
+            raise PortkitError(
+                f"vLLM started {' and '.join('.'.join(s) for s in sorted(served))}, not the port's class.",
+                f"{cls.__module__}.{cls.__qualname__}",
+                'Its name must be the one in config.json\'s "architectures".',
+            )
+        yield engine
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        if tensor_parallel_size == 1:
+            cleanup_dist_env_and_memory()
+
+
+def longest(config: dict[str, Any], profile: Profile) -> int:
+    """Return the context length to start with: all positions the model has, within reason.
+
+    Beyond a sliding window or a rotary scaling's original length, if the model has one.
+    """
+    positions = int(config.get("max_position_embeddings") or profile.far)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    marks = [config.get("sliding_window"), rope.get("original_max_position_embeddings")]
+    wanted = max([profile.far, *(int(m) + 128 for m in marks if isinstance(m, int))])
+    return min(positions, wanted, 8192)
+
+
+def _class_of(model: nn.Module) -> tuple[str, str]:
+    return type(model).__module__, type(model).__qualname__

@@ -1,0 +1,208 @@
+"""The `portkit` model loader: weights for a port that has no load_weights yet (steps 2 and 3).
+
+Registered through vLLM's own `register_model_loader`, so vLLM builds, loads and post-processes the
+model as it does any other. Each checkpoint tensor goes to the parameter of its name or, through
+the class's `packed_modules_mapping`, to a shard of a fused parameter, by the parameter's own
+`weight_loader` where it has one (which takes this rank's share). Tensors are streamed one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import ModelConfig
+from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+from portkit.errors import PortkitError
+from portkit.live.checkpoint import Checkpoint, open_checkpoint
+
+LOAD_FORMAT = "portkit"
+DERIVED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+"""Tensors that old checkpoints carry but every implementation computes from the config."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every tensor and parameter; by name, as the checkpoint and the port say it."""
+
+    written: dict[str, str]
+    """Checkpoint tensor -> where it went, e.g. "model.layers.0.self_attn.qkv_proj.weight [q]"."""
+    left_over: dict[str, tuple[int, ...]]
+    """Checkpoint tensors with no place in the port, with their shapes."""
+    unwritten: dict[str, tuple[int, ...]]
+    """Parameters of the port that no tensor filled (in full), with their shapes."""
+    twice: tuple[str, ...]
+    """Parameters that two tensors were written to."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a tensor goes."""
+
+    parameter: str
+    shard: str | int | None
+    shards: tuple[str | int, ...]
+    """All the shards that fill the parameter; empty for a plain one."""
+
+
+def read_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield each tensor of the checkpoint, shard by shard, holding one at a time."""
+    from safetensors import SafetensorError, safe_open
+
+    for shard in checkpoint.shards:
+        try:
+            with safe_open(shard, framework="pt") as file:
+                for name in file.keys():
+                    yield name, file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise PortkitError(
+                f"{shard.name} cannot be read: {error}.", str(shard),
+                "Download or save this shard again.",
+            ) from error
+
+
+def find_target(model: nn.Module, parameters: dict[str, torch.Tensor], name: str) -> Target | None:
+    """Return the parameter (and shard of it) that the checkpoint tensor `name` belongs to."""
+    if name in parameters:
+        return Target(name, None, ())
+    parts = name.split(".")
+    for fused, members in (getattr(model, "packed_modules_mapping", None) or {}).items():
+        for position, part in enumerate(parts):
+            if part not in members:
+                continue
+            path = [*parts[:position], fused]
+            new = ".".join([*path, *parts[position + 1 :]])
+            if new not in parameters:
+                continue
+            if len(members) == 1:
+                return Target(new, None, ())
+            module = model.get_submodule(".".join(path))
+            # vLLM names the shards of an attention's projection by letter, all others by number.
+            qkv = isinstance(module, QKVParallelLinear) and len(members) == 3
+            ids: tuple[str | int, ...] = ("q", "k", "v") if qkv else tuple(range(len(members)))
+            return Target(new, ids[members.index(part)], ids)
+    return None
+
+
+def load(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
+    """Fill the model's parameters from the checkpoint; return what went where.
+
+    Raises PortkitError for a tensor whose shape does not fit; leaves judging what was left over
+    or unwritten to the caller.
+    """
+    parameters = loadable(model)
+    filled: dict[int, list[str | int | None]] = {}
+    targets: dict[int, Target] = {}
+    written: dict[str, str] = {}
+    left_over: dict[str, tuple[int, ...]] = {}
+    twice: list[str] = []
+    for name, tensor in read_tensors(checkpoint):
+        target = find_target(model, parameters, name)
+        if target is None:
+            if not name.endswith(DERIVED) and not _is_aliased_head(model, parameters, name):
+                left_over[name] = tuple(tensor.shape)
+            continue
+        parameter = parameters[target.parameter]
+        _write(parameter, tensor, name, target)
+        done = filled.setdefault(id(parameter), [])
+        if target.shard in done:
+            twice.append(target.parameter)
+        done.append(target.shard)
+        targets[id(parameter)] = target
+        written[name] = target.parameter + ("" if target.shard is None else f" [{target.shard}]")
+    unwritten = {}
+    for name, parameter in model.named_parameters():
+        done = filled.get(id(parameter), [])
+        missing = [s for s in targets[id(parameter)].shards if s not in done] if done else []
+        if not done:
+            unwritten[name] = tuple(parameter.shape)
+        elif missing:
+            unwritten[f"{name} {missing}"] = tuple(parameter.shape)
+    return LoadReport(written, left_over, unwritten, tuple(twice))
+
+
+def loadable(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters and persistent buffers by every name they have (tied ones have two)."""
+    found: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                found[f"{path}.{name}" if path else name] = buffer
+    return found
+
+
+def _is_aliased_head(model: nn.Module, parameters: dict[str, torch.Tensor], name: str) -> bool:
+    """Whether a stored copy of a tied head has no place of its own because the port ties it."""
+    config = getattr(model, "config", None)
+    return (
+        name == "lm_head.weight"
+        and name not in parameters
+        and bool(getattr(config, "tie_word_embeddings", False))
+    )
+
+
+def _write(parameter: torch.Tensor, tensor: torch.Tensor, name: str, target: Target) -> None:
+    weight_loader = getattr(parameter, "weight_loader", default_weight_loader)
+    try:
+        if target.shard is None:
+            weight_loader(parameter, tensor)
+        else:
+            weight_loader(parameter, tensor, target.shard)
+    except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+        raise PortkitError(
+            f"The tensor {name} of shape {list(tensor.shape)} does not fit the port's "
+            f"{target.parameter} of shape {list(parameter.shape)}"
+            + ("" if target.shard is None else f" (shard {target.shard!r})")
+            + (f": {error}" if str(error) else "."),
+            target.parameter,
+            "Compare the sizes given where that module is constructed with the config's.",
+        ) from error
+
+
+@register_model_loader(LOAD_FORMAT)
+class PortkitLoader(BaseModelLoader):
+    """vLLM's face of `load`; the report stays on the model as `portkit_load_report`."""
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        open_checkpoint(Path(model_config.model))
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        report = load(model, open_checkpoint(Path(model_config.model)))
+        model.portkit_load_report = report
+        if report.unwritten:
+            raise PortkitError(
+                f"{len(report.unwritten)} of the port's parameters are in no tensor of the "
+                f"checkpoint: {_some(report.unwritten)}"
+                + (f". Left over in the checkpoint: {_some(report.left_over)}." if report.left_over else "."),
+                next(iter(report.unwritten)), _advice(report),
+            )
+
+
+def _some(names: dict[str, Any], count: int = 4) -> str:
+    shown = ", ".join(list(names)[:count])
+    return shown + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def _advice(report: LoadReport) -> str:
+    if "lm_head.weight" in report.unwritten and "lm_head.weight" not in report.left_over:
+        return (
+            "If the config ties word embeddings, the head shares the embedding's weight: tie "
+            "self.lm_head to self.model.embed_tokens when config.tie_word_embeddings."
+        )
+    if report.left_over:
+        return (
+            "Attribute names should be those of the Transformers model; fused layers need their "
+            "members in packed_modules_mapping."
+        )
+    return "Does the module exist in the Transformers model? A bias may be one too many."

@@ -1,0 +1,150 @@
+"""The Transformers side of every comparison: float32, eager attention, one prompt at a time.
+
+Answers are kept on disk under `.portkit/cache`, by checkpoint, versions and prompt, so that an
+edit of the port does not pay for them again. Nothing of the port is imported here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+
+from portkit.errors import PortkitError
+from portkit.live.checkpoint import Checkpoint
+from portkit.port import Port, write_atomically
+
+ATTENTION = "eager"
+
+
+class Reference:
+    """Transformers' class on a checkpoint; the model is loaded when something is not cached yet."""
+
+    def __init__(self, port: Port, checkpoint: Checkpoint, *, device: str = "cpu") -> None:
+        self.port = port
+        self.checkpoint = checkpoint
+        self.device = device
+        self.folder = port.state_dir / "cache"
+        self.key = "-".join(
+            (checkpoint.fingerprint, transformers.__version__, torch.__version__, device)
+        )
+
+    @cached_property
+    def model_class(self) -> type:
+        """The original class, from the installed Transformers."""
+        return original_class(self.port)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model, float32, in eval mode."""
+        return load_model(self.model_class, self.checkpoint, self.device)
+
+    def logprobs(self, ids: Sequence[int]) -> np.ndarray:
+        """Return float32 [n, vocab]: log-probabilities after each of the n tokens."""
+        return self._cached("rows", ids, lambda: {"rows": self._rows(ids)})["rows"]
+
+    def greedy(self, ids: Sequence[int], count: int) -> tuple[tuple[int, ...], np.ndarray]:
+        """Return `count` greedy tokens and float32 [count, vocab], each row teacher-forced anew.
+
+        No cache is used: this is the definition that a cache has to agree with.
+        """
+
+        def compute() -> dict[str, np.ndarray]:
+            tokens: list[int] = []
+            rows = []
+            for _ in range(count):
+                row = self._rows([*ids, *tokens])[-1]
+                rows.append(row)
+                tokens.append(int(row.argmax()))
+            return {"tokens": np.asarray(tokens, np.int64), "rows": np.stack(rows)}
+
+        found = self._cached(f"greedy{count}", ids, compute)
+        return tuple(int(t) for t in found["tokens"]), found["rows"]
+
+    def embeddings(self, ids: Sequence[int]) -> torch.Tensor:
+        """Return float32 [n, hidden]: what `inputs_embeds` should be for these tokens, on the CPU."""
+        with torch.inference_mode():
+            return self.model.get_input_embeddings()(self._tensor(ids)).to("cpu")
+
+    def _rows(self, ids: Sequence[int]) -> np.ndarray:
+        with torch.inference_mode():
+            logits = self.model(input_ids=self._tensor(ids)[None], use_cache=False).logits[0]
+            return torch.log_softmax(logits.float(), -1).cpu().numpy()
+
+    def _tensor(self, ids: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(list(ids), dtype=torch.int64, device=self.device)
+
+    def _cached(
+        self, kind: str, ids: Sequence[int], compute: Callable[[], dict[str, np.ndarray]],
+    ) -> dict[str, np.ndarray]:
+        digest = hashlib.sha256(f"{self.key} {kind} {list(ids)}".encode()).hexdigest()[:24]
+        path = self.folder / f"reference-{digest}.npz"
+        if path.is_file():
+            try:
+                with np.load(path) as stored:
+                    return {name: stored[name] for name in stored.files}
+            except (OSError, ValueError, EOFError):
+                path.unlink(missing_ok=True)
+        found = compute()
+        _save(path, found)
+        return found
+
+
+def original_class(port: Port) -> type:
+    """Return the class being ported, as Transformers (or the reader's own source) defines it."""
+    source = port.meta.get("source", {})
+    own = source.get("file")
+    if own and not hasattr(transformers, port.architecture):
+        return _class_in_file(port, port.root / own)
+    cls = getattr(transformers, port.architecture, None)
+    if not isinstance(cls, type):
+        raise PortkitError(
+            f"Transformers {transformers.__version__} has no class {port.architecture} to compare with.",
+            str(port.root / "port.toml"), "Give the original modeling file: portkit new --source FILE.py.",
+        )
+    return cls
+
+
+def load_model(cls: type, checkpoint: Checkpoint, device: str = "cpu") -> nn.Module:
+    """Load a Transformers class on a checkpoint: float32, eager attention, eval mode."""
+    model, info = cls.from_pretrained(
+        str(checkpoint.root), dtype=torch.float32, attn_implementation=ATTENTION,
+        local_files_only=True, output_loading_info=True,
+    )
+    missing = sorted(info.get("missing_keys", ()))
+    if missing:
+        raise PortkitError(
+            f"The checkpoint lacks {len(missing)} tensors that {cls.__name__} needs: {', '.join(missing[:4])}.",
+            str(checkpoint.root), "Use a whole checkpoint: the reference would be random there.",
+        )
+    return model.to(device).eval()
+
+
+def _class_in_file(port: Port, path: Path) -> type:
+    import importlib.util
+    import sys
+
+    name = f"portkit_original_{port.name}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise PortkitError(f"{path.name} cannot be imported.", str(path), "Is it a Python file?")
+    module: Any = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return getattr(module, port.architecture)
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    import io
+
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, stream.getvalue())

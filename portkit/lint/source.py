@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import libcst as cst
-from libcst.metadata import CodeRange, MetadataWrapper, ParentNodeProvider, PositionProvider
+from libcst.metadata import CodeRange, MetadataWrapper, PositionProvider
 
 from portkit.errors import PortkitError
 from portkit.lint.finding import PortContext
@@ -83,6 +83,7 @@ class Source:
         """(module with its leading dots, imported name, statement)."""
         self.classes: dict[str, ClassFacts] = {}
         self.functions: dict[str, cst.FunctionDef] = {}
+        self.parents: dict[cst.CSTNode, cst.CSTNode] = {}
         self.module.visit(_Gather(self))
 
     # ---- where things are --------------------------------------------------------------------
@@ -90,10 +91,6 @@ class Source:
     @cached_property
     def positions(self) -> dict[cst.CSTNode, CodeRange]:
         return self.wrapper.resolve(PositionProvider)
-
-    @cached_property
-    def parents(self) -> dict[cst.CSTNode, cst.CSTNode]:
-        return self.wrapper.resolve(ParentNodeProvider)
 
     def ancestors(self, node: cst.CSTNode):
         """Yield the node's parents, innermost first."""
@@ -179,16 +176,28 @@ class _Gather(cst.CSTVisitor):
     def __init__(self, source: Source) -> None:
         self.source = source
         self.stack: list[cst.CSTNode] = []
+        """Classes and functions around the current node, outermost first."""
+        self.path: list[cst.CSTNode] = []
         self.current: ClassFacts | None = None
 
-    def visit_Import(self, node: cst.Import) -> bool:
+    def on_visit(self, node: cst.CSTNode) -> bool:
+        if self.path:
+            self.source.parents[node] = self.path[-1]
+        self.path.append(node)
+        super().on_visit(node)
+        return True
+
+    def on_leave(self, original_node: cst.CSTNode) -> None:
+        self.path.pop()
+        super().on_leave(original_node)
+
+    def visit_Import(self, node: cst.Import) -> None:
         for alias in node.names:
             name = _plain(alias.name)
             local = alias.evaluated_alias or name.partition(".")[0]
             self.source.aliases[local] = name if alias.evaluated_alias else local
-        return False
 
-    def visit_ImportFrom(self, node: cst.ImportFrom) -> bool:
+    def visit_ImportFrom(self, node: cst.ImportFrom) -> None:
         module = "." * len(node.relative) + (_plain(node.module) if node.module else "")
         if not isinstance(node.names, cst.ImportStar):
             for alias in node.names:
@@ -196,28 +205,25 @@ class _Gather(cst.CSTVisitor):
                 local = alias.evaluated_alias or name
                 self.source.aliases[local] = f"{module}.{name}" if not module.endswith(".") else module + name
                 self.source.imports.append((module, name, node))
-        return False
 
-    def visit_ClassDef(self, node: cst.ClassDef) -> bool:
+    def visit_ClassDef(self, node: cst.ClassDef) -> None:
         if not self.stack:
             bases = tuple(self.source.dotted(base.value) for base in node.bases)
             self.current = ClassFacts(node.name.value, node, bases, text=self.source.code(node))
             self.source.classes[node.name.value] = self.current
         self.stack.append(node)
-        return True
 
     def leave_ClassDef(self, original_node: cst.ClassDef) -> None:
         self.stack.pop()
         if not self.stack:
             self.current = None
 
-    def visit_FunctionDef(self, node: cst.FunctionDef) -> bool:
+    def visit_FunctionDef(self, node: cst.FunctionDef) -> None:
         if not self.stack:
             self.source.functions[node.name.value] = node
         elif self.current is not None and self.stack == [self.current.node]:
             self.current.methods[node.name.value] = node
         self.stack.append(node)
-        return True
 
     def leave_FunctionDef(self, original_node: cst.FunctionDef) -> None:
         self.stack.pop()
@@ -250,25 +256,26 @@ def parse(text: str, path: str = "") -> cst.Module:
     try:
         return cst.parse_module(text)
     except cst.ParserSyntaxError as error:
-        line, column = error.raw_line, error.raw_column
-        lines = text.splitlines()
-        shown = lines[line - 1] if 0 < line <= len(lines) else ""
-        place = f"{path or 'the source'}:{line}:{column + 1}"
-        caret = " " * len(shown[:column].expandtabs(4)) + "^"
-        raise PortkitError(
-            f"{path or 'The source'} is not valid Python: {_reason(text, error)}.",
-            f"{place}\n    {shown.expandtabs(4)}\n    {caret}",
-            "Mend that line (a bracket, quote or indent is the usual cause) and save; nothing was changed.",
-        ) from None
+        reason, line, column = _reason(text, error)
+    lines = text.splitlines()
+    shown = lines[line - 1] if 0 < line <= len(lines) else ""
+    caret = " " * len(shown[: column - 1].expandtabs(4)) + "^"
+    raise PortkitError(
+        f"{path or 'The source'} is not valid Python: {reason}.",
+        f"{path or 'the source'}:{line}:{column}\n    {shown.expandtabs(4)}\n    {caret}",
+        "Mend that line or the one above it (often a bracket, quote or indent); nothing was changed.",
+    )
 
 
-def _reason(text: str, error: cst.ParserSyntaxError) -> str:
-    """Python's own words for the error are plainer than the grammar's."""
+def _reason(text: str, error: cst.ParserSyntaxError) -> tuple[str, int, int]:
+    """Message, line and column (1-based): Python's own are plainer than the grammar's."""
     try:
         compile(text, "source", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError) as python:
-        return getattr(python, "msg", None) or str(python)
-    return error.message.splitlines()[0].rstrip(".")
+    except SyntaxError as python:
+        return python.msg, python.lineno or 1, max(1, python.offset or 1)
+    except ValueError as python:
+        return str(python), 1, 1
+    return error.message.splitlines()[0].rstrip("."), error.raw_line, error.raw_column + 1
 
 
 def self_attribute(node: cst.CSTNode) -> str:

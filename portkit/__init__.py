@@ -28,8 +28,19 @@ _HOMES = {
 }
 
 __all__ = [
-    "Port", "PortkitError", "Session", "apply_draft", "begin", "draft_step", "find_port", "findings",
-    "fix", "new_port", "open_port", "run_checks", "walk",
+    "Port",
+    "PortkitError",
+    "Session",
+    "apply_draft",
+    "begin",
+    "draft_step",
+    "find_port",
+    "findings",
+    "fix",
+    "new_port",
+    "open_port",
+    "run_checks",
+    "walk",
 ]
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Walk a port through its steps by the drafts: draft, apply, check, commit; stop at the first failure.
+"""Walk a port through its steps by its drafts: draft, check, commit; stop at the first failure.
 
 This is the reader's own path with the draft in the reader's place: the same calls, the same checks.
 It is how CI runs the workbook, and how a notebook starts cold.
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from portkit.checks.runner import checks_of, completes, run_checks
+from portkit.checks.runner import checks_of, pass_if_complete, run_checks
 from portkit.checks.verdict import Verdict
-from portkit.curriculum import Step, step as step_of, steps
+from portkit.curriculum import Step, steps
+from portkit.curriculum import step as step_of
 from portkit.draft.outcome import DraftOutcome
 from portkit.port import Port, open_port, ports_dir
 
@@ -45,6 +46,9 @@ class Ended:
     reason: str = ""
 
 
+DRAFT_MESSAGE = "draft {}"
+"""Message of the commit that applies a step's draft (portkit/draft/pipeline.py)."""
+
 Event = Drafted | Checked | Ended
 
 
@@ -60,9 +64,11 @@ def apply_step(port: Port, step: Step) -> DraftOutcome:
 
 
 def walk(
-    port: Port, step_ids: Sequence[str] | None = None, progress: Callable[[str], None] | None = None,
+    port: Port,
+    step_ids: Sequence[str] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Iterator[Event]:
-    """Draft, check and pass each step in order, yielding what happens; ends after the first failure.
+    """Draft, check and pass each step in order, yielding what happens; a failure ends it.
 
     A step that has passed before is left as it is: what the reader wrote stays.
     """
@@ -86,9 +92,7 @@ def walk(
         for verdict in run_checks(port, step, progress=progress):
             verdicts.append(verdict)
             yield Checked(step, verdict)
-        passed = completes(step, verdicts)
-        if passed:
-            port.pass_step(step)
+        passed = pass_if_complete(port, step, verdicts)
         failed = [v.check for v in verdicts if not v.ok]
         reason = "" if passed else f"failed: {', '.join(failed)}" if failed else "no check passed"
         yield Ended(step, passed, time.monotonic() - started, reason)
@@ -108,8 +112,48 @@ def steps_before(step_id: str) -> tuple[str, ...]:
     return tuple(s.id for s in steps() if s.id in needed)
 
 
+def reached(port: Port) -> tuple[str, ...]:
+    """Return the ids of the steps that passed, or whose draft is applied and not undone."""
+    log = port.git(
+        "log",
+        "--author=portkit@localhost",
+        "--format=%H%x09%(trailers:key=Undoes,valueonly,separator=)%x09%s",
+    )
+    rows = [line.split("\t", 2) for line in log.splitlines()]
+    undone = {row[1] for row in rows}
+    applied = {row[2] for row in rows if row[0] not in undone}
+    passed = port.steps_passed()
+    return tuple(
+        s.id for s in steps() if s.id in passed or f"apply: {DRAFT_MESSAGE.format(s.id)}" in applied
+    )
+
+
+def diff_of_step(port: Port, step: Step) -> str:
+    """Return what a step changed in the port's code: since the step before it was left, to now.
+
+    Once a later step has passed, only up to the commit where this one passed.
+    """
+    log = [
+        line.split("\t", 1)
+        for line in port.git("log", "--reverse", "--format=%H%x09%s").splitlines()
+    ]
+    number = {f"step {s.number}: {s.id}": s.number for s in steps()}
+    start, end = log[0][0], ""
+    for commit, subject in log:
+        if subject not in number:
+            continue
+        if number[subject] < step.number and not end:
+            start = commit
+        elif number[subject] == step.number:
+            end = commit
+    on = [end] if end and any(number.get(subject, -1) > step.number for _, subject in log) else []
+    return port.git(
+        "diff", "--no-color", start, *on, "--", port.package, "in_tree", "pyproject.toml"
+    )
+
+
 def port_for_model(model: str, root: Path | None = None) -> Port:
-    """Open the port of a model, or make it: a bundled model by its name, else by its architecture."""
+    """Open the port of a model or make it: a bundled model's name, or an architecture."""
     name, options = model_options(model)
     folder = root or ports_dir() / name
     if (folder / "port.toml").is_file():

@@ -14,7 +14,8 @@ from difflib import unified_diff
 from functools import cache
 
 from portkit.checks.verdict import Verdict
-from portkit.curriculum import step as step_of, steps
+from portkit.curriculum import step as step_of
+from portkit.curriculum import steps
 from portkit.errors import PortkitError
 from portkit.port import Port
 
@@ -58,13 +59,17 @@ def find(text: str, step_id: str | None = None) -> tuple[Hint, ...]:
     if exact:
         return exact
     wanted = _words(text)
-    scored = [(max((_overlap(wanted, s) for s in (*h.symptoms, h.key)), default=0.0), h) for h in candidates]
+    scored = [
+        (max((_overlap(wanted, s) for s in (*h.symptoms, h.key)), default=0.0), h)
+        for h in candidates
+    ]
     best = sorted((pair for pair in scored if pair[0] > 0), key=lambda pair: -pair[0])
     if best:
         return tuple(h for score, h in best if score >= 0.6 * best[0][0])[:5]
     keys = ", ".join(h.key for h in candidates) or "none yet"
     raise PortkitError(
-        f"No hint for {text!r}.", f"hints of {'step ' + step_id if step_id else 'all steps'}",
+        f"No hint for {text!r}.",
+        f"hints of {'step ' + step_id if step_id else 'all steps'}",
         f"Describe what you see in other words, or name one of: {keys}.",
     )
 
@@ -79,7 +84,7 @@ def for_failure(verdict: Verdict) -> Hint | None:
 
 
 def answer(port: Port, hint: Hint) -> str:
-    """Return the draft's diff for this port as it stands; only the lines of the rule if it has findings.
+    """Return the draft's diff for this port as it stands; of a rule with findings, their lines.
 
     PortkitError if there is no draft to take the answer from.
     """
@@ -88,7 +93,8 @@ def answer(port: Port, hint: Hint) -> str:
     outcome = draft_step(port, hint.step)
     if outcome.status != "success":
         raise PortkitError(
-            f"There is no drafted answer for step {hint.step!r}: {outcome.reason}", str(port.modeling),
+            f"There is no drafted answer for step {hint.step!r}: {outcome.reason}",
+            str(port.modeling),
             "If the code has a syntax error, mend that first: `portkit tasks` names the line.",
         )
     lines = _lines_of_rule(port, hint)
@@ -96,7 +102,9 @@ def answer(port: Port, hint: Hint) -> str:
     for path, new in outcome.files:
         file = port.root / path
         old = file.read_text() if file.is_file() else ""
-        diff = list(unified_diff(old.splitlines(), new.splitlines(), f"a/{path}", f"b/{path}", lineterm=""))
+        diff = list(
+            unified_diff(old.splitlines(), new.splitlines(), f"a/{path}", f"b/{path}", lineterm="")
+        )
         parts.append("\n".join(_near(diff, lines.get(path)) if path in lines else diff))
     return "\n".join(part for part in parts if part)
 

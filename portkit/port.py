@@ -31,8 +31,15 @@ __all__ = ["Port", "open_port", "ports_dir", "write_atomically"]
 
 
 def ports_dir() -> Path:
-    """Where ports live: PORTKIT_PORTS, else ./ports."""
-    return Path(os.environ.get("PORTKIT_PORTS") or "ports").expanduser().absolute()
+    """Where ports live: PORTKIT_PORTS, else `ports` in the workbook around here, else ./ports.
+
+    A notebook's kernel runs in `notebooks/`; the ports stand beside that folder.
+    """
+    if given := os.environ.get("PORTKIT_PORTS"):
+        return Path(given).expanduser().absolute()
+    here = Path.cwd()
+    books = (p for p in (here, *here.parents) if (p / "notebooks" / "00_choose.ipynb").is_file())
+    return next(books, here) / "ports"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which port is meant when nobody says: PORTKIT_PORT, the current folder, or the only one there is."""
+"""Which port is meant when nobody says: PORTKIT_PORT, this folder, or the only one there is."""
 
 from __future__ import annotations
 
@@ -32,11 +32,14 @@ def find_port(given: str | Path | None = None) -> Port:
         return open_port(found[0])
     if not found:
         raise PortkitError(
-            "There is no port yet.", str(ports_dir()),
-            "Make one: open notebooks/00_choose.ipynb, or run `portkit new helium --model HeliumForCausalLM`.",
+            "There is no port yet.",
+            str(ports_dir()),
+            "Make one: open notebooks/00_choose.ipynb, or run "
+            "`portkit new helium --model HeliumForCausalLM`.",
         )
     names = ", ".join(path.name for path in found)
     raise PortkitError(
-        f"There are {len(found)} ports: {names}. Which one is meant?", str(ports_dir()),
+        f"There are {len(found)} ports: {names}. Which one is meant?",
+        str(ports_dir()),
         f"Say so: --port {found[0].name}, or set PORTKIT_PORT={found[0].name} before starting.",
     )

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def save(port: Port, verdict: Verdict) -> Path:
     record = {
         "source_hash": source_hash(port),
         "versions": versions(),
-        "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "verdict": verdict.to_dict(),
     }
     write_atomically(path, json.dumps(record, indent=2, default=str))

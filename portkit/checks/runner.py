@@ -20,7 +20,8 @@ from graphlib import CycleError, TopologicalSorter
 from portkit.checks import results
 from portkit.checks.base import Check, CheckContext
 from portkit.checks.verdict import Verdict
-from portkit.curriculum import Step, step as step_of, steps
+from portkit.curriculum import Step, steps
+from portkit.curriculum import step as step_of
 from portkit.errors import PortkitError
 from portkit.port import Port
 
@@ -64,7 +65,11 @@ def in_order(checks: Collection[type[Check]]) -> tuple[type[Check], ...]:
 
 
 def run_checks(
-    port: Port, step: str | Step, *, only: Collection[str] | None = None, progress: Progress | None = None,
+    port: Port,
+    step: str | Step,
+    *,
+    only: Collection[str] | None = None,
+    progress: Progress | None = None,
     checks: Collection[type[Check]] | None = None,
 ) -> Iterator[Verdict]:
     """Run a step's checks on a port and yield each verdict as it comes.
@@ -80,7 +85,11 @@ def run_checks(
         selected = _closure(selected, only, port, passed)
     own = {check.id for check in selected} | set(passed)
     for check in selected:
-        unmet = [r for r in check.requires if not (passed.get(r, False) if r in own else _met_elsewhere(port, r))]
+        unmet = [
+            r
+            for r in check.requires
+            if not (passed.get(r, False) if r in own else _met_elsewhere(port, r))
+        ]
         if unmet:
             verdict = check().skipped(f"needs {_names(unmet)}, which did not pass")
         else:
@@ -96,13 +105,17 @@ def _names(ids: Collection[str]) -> str:
 
 
 def _closure(
-    checks: tuple[type[Check], ...], only: Collection[str], port: Port, passed: dict[str, bool],
+    checks: tuple[type[Check], ...],
+    only: Collection[str],
+    port: Port,
+    passed: dict[str, bool],
 ) -> tuple[type[Check], ...]:
     by_id = {check.id: check for check in checks}
     unknown = [id for id in only if id not in by_id]
     if unknown:
         raise PortkitError(
-            f"There is no check {_names(unknown)} in this step.", next=f"Choose of: {', '.join(by_id)}.",
+            f"There is no check {_names(unknown)} in this step.",
+            next=f"Choose of: {', '.join(by_id)}.",
         )
     wanted = set(only)
     pending = list(only)
@@ -133,7 +146,9 @@ def _run_one(check: type[Check], port: Port, say: Progress) -> Verdict:
     try:
         verdict = instance.run(CheckContext(port=port, live=live_for(port), progress=say))
         if not isinstance(verdict, Verdict):
-            raise TypeError(f"{check.__name__}.run returned {type(verdict).__name__}, not a Verdict")
+            raise TypeError(
+                f"{check.__name__}.run returned {type(verdict).__name__}, not a Verdict"
+            )
     except PortkitError as error:
         verdict = instance.failed(error.what, where=error.where, next=error.next)
     except Exception as error:
@@ -141,19 +156,32 @@ def _run_one(check: type[Check], port: Port, say: Progress) -> Verdict:
         verdict = instance.failed(
             f"the check itself stopped with {type(error).__name__}: {error}",
             where=str(log),
-            next="Run it once more. If it stops again, the log above belongs in a bug report for portkit.",
+            next="Run it again. If it stops again, that log belongs in a bug report for portkit.",
         )
     return replace(verdict, seconds=verdict.seconds or round(time.monotonic() - started, 3))
 
 
 def completes(step: str | Step, verdicts: Collection[Verdict]) -> bool:
-    """Whether these verdicts pass a step: every check of it is there and none failed, one passed."""
+    """Whether these verdicts pass a step: all its checks are there, none failed, one passed."""
     ids = {check.id for check in checks_of(step)}
-    return bool(ids) and ids <= {v.check for v in verdicts} and all(v.ok for v in verdicts) and any(
-        v.status == "passed" for v in verdicts
+    return (
+        bool(ids)
+        and ids <= {v.check for v in verdicts}
+        and all(v.ok for v in verdicts)
+        and any(v.status == "passed" for v in verdicts)
     )
 
 
 def all_checks() -> dict[str, tuple[type[Check], ...]]:
     """Return the checks of every step, by step id."""
     return {step.id: checks_of(step) for step in steps()}
+
+
+def pass_if_complete(port: Port, step: str | Step, verdicts: Collection[Verdict]) -> bool:
+    """Commit the port as having passed a step if these verdicts say so; returns whether they do."""
+    step = step if isinstance(step, Step) else step_of(step)
+    if not completes(step, verdicts):
+        return False
+    if step.id not in port.steps_passed() or port.git("status", "--porcelain").strip():
+        port.pass_step(step)
+    return True

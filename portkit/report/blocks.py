@@ -15,7 +15,13 @@ from portkit.checks.verdict import Table
 Mark = Literal["", "passed", "failed", "skipped", "todo", "note", "warning"]
 
 SYMBOLS: dict[str, str] = {
-    "": "", "passed": "✓", "failed": "✗", "skipped": "○", "todo": "□", "note": "·", "warning": "!",
+    "": "",
+    "passed": "✓",
+    "failed": "✗",
+    "skipped": "○",
+    "todo": "□",
+    "note": "·",
+    "warning": "!",
 }
 """Said together with the word: colour is never the only signal."""
 

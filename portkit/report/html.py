@@ -17,17 +17,37 @@ from portkit.report.blocks import SYMBOLS, Block, Code, Diff, Fold, Heading, Lin
 from portkit.report.text import cell
 
 COLOURS = {
-    "passed": "#2da44e", "failed": "#e5534b", "skipped": "#b0872c", "warning": "#b0872c",
-    "todo": "#3b8eea", "note": "inherit", "": "inherit",
+    "passed": "#2da44e",
+    "failed": "#e5534b",
+    "skipped": "#b0872c",
+    "warning": "#b0872c",
+    "todo": "#3b8eea",
+    "note": "inherit",
+    "": "inherit",
 }
 EDGE = "1px solid rgba(128,128,128,.35)"
 MONO = "font-family:var(--jp-code-font-family,ui-monospace,Menlo,Consolas,monospace);font-size:.9em"
-PRE = f"margin:.3em 0;padding:.4em .6em;border:{EDGE};border-radius:4px;overflow-x:auto;line-height:1.35;{MONO}"
+PRE = (
+    f"margin:.3em 0;padding:.4em .6em;border:{EDGE};border-radius:4px;overflow-x:auto;"
+    f"line-height:1.35;{MONO}"
+)
 
 
 def to_html(blocks: Iterable[Block]) -> str:
     """Return the blocks as one HTML fragment."""
     return f'<div style="max-width:70em">{_all(blocks)}</div>'
+
+
+def page(blocks: Iterable[Block], title: str) -> str:
+    """Return a whole HTML page that follows the reader's light or dark setting."""
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        '<meta name="viewport" content="width=device-width">'
+        '<meta name="color-scheme" content="light dark">'
+        '</head><body style="font-family:system-ui,sans-serif;margin:2em auto;'
+        'max-width:72em;padding:0 1em">'
+        f"{to_html(blocks)}</body></html>\n"
+    )
 
 
 def _all(blocks: Iterable[Block]) -> str:
@@ -37,14 +57,18 @@ def _all(blocks: Iterable[Block]) -> str:
 def inline(text: str) -> str:
     """Escape text; what stands in backticks becomes code, line ends are kept."""
     parts = re.split(r"`([^`\n]+)`", text)
-    done = [f'<code style="{MONO}">{escape(p)}</code>' if i % 2 else escape(p) for i, p in enumerate(parts)]
+    done = [
+        f'<code style="{MONO}">{escape(p)}</code>' if i % 2 else escape(p)
+        for i, p in enumerate(parts)
+    ]
     return "".join(done).replace("\n", "<br>")
 
 
 def _draw(block: Block) -> str:
     match block:
         case Heading(text):
-            return f'<div style="font-weight:600;font-size:1.05em;margin:.7em 0 .3em">{inline(text)}</div>'
+            style = "font-weight:600;font-size:1.05em;margin:.7em 0 .3em"
+            return f'<div style="{style}">{inline(text)}</div>'
         case Line():
             return _line(block)
         case Pairs(rows):
@@ -68,7 +92,8 @@ def _mark(mark: str) -> str:
     if not mark:
         return ""
     word = f" {mark}" if mark in ("passed", "failed", "skipped") else ""
-    return f'<span style="color:{COLOURS[mark]};font-weight:600;white-space:nowrap">{SYMBOLS[mark]}{word}</span>&nbsp; '
+    style = f"color:{COLOURS[mark]};font-weight:600;white-space:nowrap"
+    return f'<span style="{style}">{SYMBOLS[mark]}{word}</span>&nbsp; '
 
 
 def _line(line: Line) -> str:
@@ -80,7 +105,8 @@ def _line(line: Line) -> str:
 
 def _pairs(rows: tuple[tuple[str, str], ...]) -> str:
     body = "".join(
-        f'<tr><th style="text-align:left;vertical-align:top;padding:.1em 1em .1em 0">{inline(str(name))}</th>'
+        '<tr><th style="text-align:left;vertical-align:top;padding:.1em 1em .1em 0">'
+        f"{inline(str(name))}</th>"
         f'<td style="text-align:left;padding:.1em 0">{inline(str(value))}</td></tr>'
         for name, value in rows
     )
@@ -89,7 +115,10 @@ def _pairs(rows: tuple[tuple[str, str], ...]) -> str:
 
 def _table(table: Table) -> str:
     box = f"padding:.2em .7em;border-bottom:{EDGE};vertical-align:top"
-    head = "".join(f'<th scope="col" style="text-align:left;{box}">{inline(str(c))}</th>' for c in table.columns)
+    head = "".join(
+        f'<th scope="col" style="text-align:left;{box}">{inline(str(c))}</th>'
+        for c in table.columns
+    )
     rows = []
     for row in table.rows:
         cells = []
@@ -99,18 +128,27 @@ def _table(table: Table) -> str:
             cells.append(f'<td style="text-align:{align};{box}">{inline(cell(value))}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
     caption = (
-        f'<caption style="text-align:left;font-weight:600;padding:.2em 0">{inline(table.title)}</caption>'
-        if table.title else ""
+        '<caption style="text-align:left;font-weight:600;padding:.2em 0">'
+        f"{inline(table.title)}</caption>"
+        if table.title
+        else ""
     )
-    note = f'<div style="opacity:.75;font-size:.9em">{inline(table.note)}</div>' if table.note else ""
+    note = (
+        f'<div style="opacity:.75;font-size:.9em">{inline(table.note)}</div>' if table.note else ""
+    )
     return (
-        f'<div style="overflow-x:auto;margin:.4em 0"><table style="border-collapse:collapse">{caption}'
+        '<div style="overflow-x:auto;margin:.4em 0">'
+        f'<table style="border-collapse:collapse">{caption}'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>{note}</div>"
     )
 
 
 def _title(title: str) -> str:
-    return f'<div style="font-weight:600;margin:.5em 0 0;{MONO}">{escape(title)}</div>' if title else ""
+    return (
+        f'<div style="font-weight:600;margin:.5em 0 0;{MONO}">{escape(title)}</div>'
+        if title
+        else ""
+    )
 
 
 def _code(code: Code) -> str:
@@ -124,7 +162,9 @@ def _code(code: Code) -> str:
         if remarks.get(number):
             width = len(line) - len(line.lstrip())
             remark = f"{' ' * (8 + width)}^ {remarks[number]}"
-            lines.append(f'<span style="display:block;color:{COLOURS["warning"]}">{escape(remark)}</span>')
+            lines.append(
+                f'<span style="display:block;color:{COLOURS["warning"]}">{escape(remark)}</span>'
+            )
     return f'{_title(code.title)}<pre style="{PRE}">{"".join(lines)}</pre>'
 
 
@@ -133,7 +173,9 @@ def _diff(diff: str, title: str) -> str:
     lines = []
     for line in diff.splitlines():
         sign = "" if line.startswith(("+++", "---")) else line[:1]
-        style = f"background:{wash[sign]};" if sign in wash else "opacity:.7;" if sign == "@" else ""
+        style = (
+            f"background:{wash[sign]};" if sign in wash else "opacity:.7;" if sign == "@" else ""
+        )
         lines.append(f'<span style="display:block;{style}">{escape(line) or " "}</span>')
     return f'{_title(title)}<pre style="{PRE}">{"".join(lines)}</pre>'
 
@@ -151,4 +193,6 @@ def _link(link: Link) -> str:
 def _fold(fold: Fold) -> str:
     summary = f'<summary style="cursor:pointer">{_mark(fold.mark)}{inline(fold.summary)}</summary>'
     body = f'<div style="margin-left:1.2em">{_all(fold.blocks)}</div>'
-    return f'<details{" open" if fold.open else ""} style="margin:.25em 0">{summary}{body}</details>'
+    return (
+        f'<details{" open" if fold.open else ""} style="margin:.25em 0">{summary}{body}</details>'
+    )

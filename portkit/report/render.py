@@ -25,7 +25,9 @@ def count(number: int, noun: str) -> str:
 # ---- verdicts -----------------------------------------------------------------------------------
 
 
-def verdicts_report(verdicts: Sequence[Verdict], title: str = "", foot: Sequence[Block] = ()) -> Report:
+def verdicts_report(
+    verdicts: Sequence[Verdict], title: str = "", foot: Sequence[Block] = ()
+) -> Report:
     """Return the verdicts in order, failures unfolded, and a line that sums them up."""
     blocks: list[Block] = [Heading(title)] if title else []
     for verdict in verdicts:
@@ -50,7 +52,9 @@ def summary_line(verdicts: Sequence[Verdict]) -> Line:
 
 def verdict_blocks(verdict: Verdict) -> tuple[Block, ...]:
     """Return one verdict: its line, and what helps if it failed; evidence behind a fold."""
-    aside = ", ".join(filter(None, [verdict.device, f"{verdict.seconds:.1f} s" if verdict.seconds else ""]))
+    aside = ", ".join(
+        filter(None, [verdict.device, f"{verdict.seconds:.1f} s" if verdict.seconds else ""])
+    )
     first = f"{verdict.title}: {verdict.what}" if verdict.title else verdict.what
     blocks: list[Block] = [Line(first, verdict.status, aside=aside)]
     if verdict.where:
@@ -65,7 +69,9 @@ def verdict_blocks(verdict: Verdict) -> tuple[Block, ...]:
     if verdict.device_reason:
         evidence.append(Line(f"{verdict.device}: {verdict.device_reason}", label="device"))
     if verdict.tables:
-        blocks.append(Fold(f"evidence of `{verdict.check}`", tuple(evidence), open=failed, in_text=failed))
+        blocks.append(
+            Fold(f"evidence of `{verdict.check}`", tuple(evidence), open=failed, in_text=failed)
+        )
     if verdict.log:
         blocks.append(Fold("output of the process", (Log(verdict.log),), in_text=failed))
     return tuple(blocks)
@@ -74,7 +80,9 @@ def verdict_blocks(verdict: Verdict) -> tuple[Block, ...]:
 # ---- findings -----------------------------------------------------------------------------------
 
 
-def findings_report(findings: Sequence[Finding], source: str = "", title: str = "", around: int = 2) -> Report:
+def findings_report(
+    findings: Sequence[Finding], source: str = "", title: str = "", around: int = 2
+) -> Report:
     """Return the findings as tasks, by symbol, each with the lines concerned.
 
     `source` is the text of the modeling file; findings of other files are shown without lines.
@@ -99,7 +107,9 @@ def findings_report(findings: Sequence[Finding], source: str = "", title: str = 
         blocks.append(Fold(summary, tuple(inside), "todo", open=len(findings) <= 6))
     fixable = sum(f.fix == "safe" for f in findings)
     more = f"; {fixable} can be fixed safely: `step.fix()` or `portkit fix`" if fixable else ""
-    blocks.append(Line(f"{count(len(findings), 'task')} in {count(len(groups), 'place')}{more}.", "note"))
+    blocks.append(
+        Line(f"{count(len(findings), 'task')} in {count(len(groups), 'place')}{more}.", "note")
+    )
     return Report(tuple(blocks), False, tuple(findings))
 
 
@@ -109,9 +119,12 @@ def _finding_aside(finding: Finding) -> str:
 
 
 def code_report(
-    source: str, path: str, spans: Iterable[tuple[str, int, int]], marked: Sequence[tuple[int, str]] = (),
+    source: str,
+    path: str,
+    spans: Iterable[tuple[str, int, int]],
+    marked: Sequence[tuple[int, str]] = (),
 ) -> Report:
-    """Return spans (symbol, first line, last line) of a source with the lines in `marked` pointed at."""
+    """Return spans (symbol, first line, last line) of a source, pointing at lines in `marked`."""
     lines = source.splitlines()
     blocks: list[Block] = []
     for symbol, first, last in spans:
@@ -124,13 +137,15 @@ def code_report(
 # ---- drafts and diffs ---------------------------------------------------------------------------
 
 
-def outcome_report(outcome: DraftOutcome, root: Path | None = None, applied: bool = False) -> Report:
+def outcome_report(
+    outcome: DraftOutcome, root: Path | None = None, applied: bool = False
+) -> Report:
     """Return what a draft did and left, with its diff against the files in `root`."""
     mark = {"success": "passed", "skipped": "skipped", "failed": "failed"}[outcome.status]
     verb = "applied" if applied else "drafted"
     what = {
         "success": f"Draft of `{outcome.step}` {verb}: {count(len(outcome.did), 'change')}, "
-                   f"{count(len(outcome.warnings), 'decision')} left to you.",
+        f"{count(len(outcome.warnings), 'decision')} left to you.",
         "skipped": f"Nothing drafted for `{outcome.step}`: {outcome.reason}",
         "failed": f"No draft of `{outcome.step}`: {outcome.reason}",
     }[outcome.status]
@@ -149,7 +164,9 @@ def outcome_report(outcome: DraftOutcome, root: Path | None = None, applied: boo
 
 def unified_diff(old: str, new: str, path: str, context: int = 3) -> str:
     """Return the unified diff of two texts, empty if they are equal."""
-    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), f"a/{path}", f"b/{path}", lineterm="", n=context)
+    lines = difflib.unified_diff(
+        old.splitlines(), new.splitlines(), f"a/{path}", f"b/{path}", lineterm="", n=context
+    )
     return "\n".join(lines)
 
 
@@ -173,7 +190,9 @@ def error_report(error: PortkitError) -> Report:
     return Report(tuple(blocks), False, (error,))
 
 
-def text_report(*lines: str | Line | Heading | Table | Link | Code | Fold, ok: bool = True) -> Report:
+def text_report(
+    *lines: str | Line | Heading | Table | Link | Code | Fold, ok: bool = True
+) -> Report:
     """Return a report of a few lines or blocks as given."""
     return Report(tuple(Line(line) if isinstance(line, str) else line for line in lines), ok)
 

@@ -14,8 +14,13 @@ from portkit.checks.verdict import Table
 from portkit.report.blocks import SYMBOLS, Block, Code, Diff, Fold, Heading, Line, Link, Log, Pairs
 
 STYLES = {
-    "passed": "green", "failed": "bold red", "skipped": "yellow", "warning": "yellow",
-    "todo": "cyan", "note": "", "": "",
+    "passed": "green",
+    "failed": "bold red",
+    "skipped": "yellow",
+    "warning": "yellow",
+    "todo": "cyan",
+    "note": "",
+    "": "",
 }
 TEXT_WIDTH = 100
 """Columns of text/plain output; wide enough for a table row, narrow enough for a notebook."""
@@ -29,7 +34,9 @@ def to_rich(blocks: Iterable[Block]) -> Group:
 def to_text(blocks: Iterable[Block], width: int = TEXT_WIDTH) -> str:
     """Return the blocks as plain text without escape codes."""
     stream = io.StringIO()
-    console = Console(file=stream, width=width, no_color=True, force_terminal=False, legacy_windows=False)
+    console = Console(
+        file=stream, width=width, no_color=True, force_terminal=False, legacy_windows=False
+    )
     console.print(to_rich(blocks))
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
@@ -58,15 +65,20 @@ def _draw(block: Block) -> RenderableType:
 
 
 def _marked(mark: str, text: str) -> str:
-    return f"{SYMBOLS[mark]} {mark}  {text}" if mark in ("passed", "failed", "skipped") else \
-        f"{SYMBOLS[mark]} {text}".strip()
+    return (
+        f"{SYMBOLS[mark]} {mark}  {text}"
+        if mark in ("passed", "failed", "skipped")
+        else f"{SYMBOLS[mark]} {text}".strip()
+    )
 
 
 def _line(line: Line) -> RenderableType:
     text = Text(overflow="fold")
     if line.mark:
-        text.append(_marked(line.mark, "") + ("" if line.mark in ("passed", "failed", "skipped") else " "),
-                    style=STYLES[line.mark])
+        text.append(
+            _marked(line.mark, "") + ("" if line.mark in ("passed", "failed", "skipped") else " "),
+            style=STYLES[line.mark],
+        )
     if line.label:
         text.append(f"{line.label}: ", style="bold")
     text.append(line.text)
@@ -85,8 +97,14 @@ def _grid(rows: tuple[tuple[str, str], ...]) -> RenderableType:
 
 
 def _table(table: Table) -> RenderableType:
-    drawn = RichTable(title=table.title or None, title_justify="left", caption=table.note or None,
-                      caption_justify="left", title_style="bold", caption_style="dim")
+    drawn = RichTable(
+        title=table.title or None,
+        title_justify="left",
+        caption=table.note or None,
+        caption_justify="left",
+        title_style="bold",
+        caption_style="dim",
+    )
     for position, column in enumerate(table.columns):
         right = bool(table.rows) and all(
             isinstance(row[position], (int, float)) for row in table.rows if position < len(row)

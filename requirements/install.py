@@ -229,13 +229,11 @@ def main(argv: list | None = None) -> int:
         return 1
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = (
-            "make room, then again: it goes on where it was"
-            if full
-            else "is it yours to write? then again"
-        )
+        remedy = "make room;" if full else "is it yours to write?"
         what = error.strerror or str(error)
-        print(SetupError(what, str(error.filename or ROOT), remedy), file=sys.stderr)
+        print(
+            SetupError(what, str(error.filename or ROOT), remedy + " then again"), file=sys.stderr
+        )
         return 1
     except KeyboardInterrupt:
         print("set-up interrupted; run it again, it goes on where it was", file=sys.stderr)

@@ -14,7 +14,12 @@ from machine import SetupError
 EVERY = 10.0
 """Seconds between two progress lines."""
 
-NO_SUCH_RELEASE = ("No matching distribution found", "Could not find a version that satisfies")
+NO_SUCH_RELEASE = (
+    "No matching distribution found",
+    "Could not find a version that satisfies",
+    "ResolutionImpossible",  # pip's words for the same where the user's configuration constrains it
+)
+LOCKED_RELEASE_MISSING = "the package index does not have a locked release"
 NETWORK = (
     "Failed to establish a new connection",
     "Temporary failure in name resolution",
@@ -56,7 +61,7 @@ CAUSES = (
     ),
     (
         NO_SUCH_RELEASE,
-        "the package index does not have a locked release",
+        LOCKED_RELEASE_MISSING,
         "look at pip config list: a mirror or a constraint may hide it",
     ),
 )
@@ -153,9 +158,9 @@ def install_torch(python: Path, pin: str, index: str, log: Path, say) -> None:
     PyPI has no `+cpu` builds. PyTorch's index is asked for torch alone, not for every package.
     """
     status, output = run([str(python), "-m", "pip", "install", "--no-deps", pin], log, say)
-    if status and any(sign in output for sign in NO_SUCH_RELEASE):
+    what, remedy = diagnose(output)
+    if status and what == LOCKED_RELEASE_MISSING:
         say(f"{pin} is not in your pip's index: asking {index}")
         pip(python, ["install", "--no-deps", "--index-url", index, pin], log, say)
     elif status:
-        what, remedy = diagnose(output)
         raise SetupError(f"{what} ({pin})\n{complaint(output)}", str(log), remedy)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import gc
 import importlib
 import importlib.machinery
 import importlib.util
@@ -59,6 +60,9 @@ def _settle(request: JobRequest, stack_fd: int, scratch: Path) -> None:
     with contextlib.suppress(OSError):
         # If memory runs out, the job goes first, not the reader's kernel.
         Path("/proc/self/oom_score_adj").write_text("800")
+    # vLLM unfreezes and collects when an engine is shut down: over the worker's two million objects
+    # that takes a second. So what the worker froze stays frozen, and only the job's own is collected.
+    gc.freeze = gc.unfreeze = lambda: None
     faulthandler.enable(stack_fd, all_threads=True)
     faulthandler.register(DUMP_SIGNAL, stack_fd, all_threads=True)
     _note_exit(stack_fd)
@@ -104,10 +108,12 @@ def read_afresh(root: str) -> None:
             raise ImportError
         return importlib.machinery.FileFinder(path, (_Uncached, [".py"]))
 
-    for name in [n for n, m in sys.modules.items() if Path(getattr(m, "__file__", None) or "/").is_relative_to(root)]:
+    below = root.rstrip("/") + "/"
+    for name in [n for n, m in sys.modules.items() if str(vars(m).get("__file__") or "").startswith(below)]:
         del sys.modules[name]
+    for path in [p for p in sys.path_importer_cache if f"{p}/".startswith(below)]:
+        del sys.path_importer_cache[path]
     sys.path_hooks.insert(0, hook)
-    sys.path_importer_cache.clear()
     sys.path.insert(0, root)
     # Processes that are spawned, not forked, find the port too, and leave no .pyc in it.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))

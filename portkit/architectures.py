@@ -161,8 +161,12 @@ def closest(query: str, names: Iterable[str], count: int = 4) -> str:
     stem = re.sub(r"(forcausallm|lmheadmodel|model)$", "", query.lower())
     close = difflib.get_close_matches(stem, lowered, n=count, cutoff=0.6)
     close += difflib.get_close_matches(query.lower(), lowered, n=count, cutoff=0.6)
-    close.sort(key=lambda name: -difflib.SequenceMatcher(None, name, query.lower()).ratio())
+    close.sort(key=lambda name: -max(_likeness(name, stem), _likeness(name, query.lower())))
     return ", ".join(lowered[name] for name in list(dict.fromkeys(close))[:count])
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def _architecture(name: str, model_type: str) -> Architecture:

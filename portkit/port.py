@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -110,7 +111,7 @@ class Port:
             ) from error
 
     def _document(self) -> tomlkit.TOMLDocument:
-        path = self.root / "port.toml"
+        path = self.root / META
         try:
             return tomlkit.parse(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomlkit.exceptions.ParseError) as error:
@@ -185,11 +186,15 @@ class Port:
     def update_meta(self, section: str, **values: Any) -> None:
         """Set values in port.toml, keeping its comments and order."""
         with self.locked():
-            document = self._document()
-            table = document.setdefault(section, tomlkit.table())
-            for key, value in values.items():
-                table[key] = value
-            write_atomically(self.root / "port.toml", tomlkit.dumps(document))
+            write_atomically(self.root / META, self.meta_with(section, **values))
+
+    def meta_with(self, section: str, **values: Any) -> str:
+        """Return the text that port.toml would have with these values; write nothing."""
+        document = self._document()
+        table = document.setdefault(section, tomlkit.table())
+        for key, value in values.items():
+            table[key] = value
+        return tomlkit.dumps(document)
 
     def pass_step(self, step: Step) -> None:
         """Commit the port as having passed this step ("step 2: forward")."""
@@ -200,7 +205,8 @@ class Port:
         """Take back the last apply that is not yet undone; return its message.
 
         The files which that apply changed get back the exact bytes they had before it. Edits made
-        since then are committed first ("save: before undo"), and other files stay as they are.
+        since then are committed first ("save: before undo"), and other files stay as they are. Of
+        port.toml only what the apply set is taken back.
         """
         undoes = "%(trailers:key=Undoes,valueonly,separator=)"
         with self.locked():
@@ -243,6 +249,8 @@ class Port:
         names = changed.split("\0")[:-1]
         wanted = {name: self._at(f"{commit}~1", name) for name in names}
         before = {name: content(self.root / name) for name in names}
+        if META in wanted and before[META] != self._at(commit, META):
+            wanted[META] = self._merged(commit) or wanted[META]
         self._commit_all("save: before undo", force=names)
         self._write(f"undo: {message}\n\nUndoes: {commit}", before, wanted)
 
@@ -250,6 +258,20 @@ class Port:
         if not self.git("ls-tree", "--name-only", "-z", commit, "--", name):
             return None
         return Repository(self.root).bytes("cat-file", "blob", f"{commit}:{name}")
+
+    def _merged(self, commit: str) -> bytes | None:
+        """Return port.toml without what `commit` set and with what was set since, if both fit."""
+        with tempfile.TemporaryDirectory(dir=self.state_dir) as folder:
+            ours, base, theirs = (Path(folder) / name for name in ("ours", "base", "theirs"))
+            ours.write_bytes(content(self.root / META) or b"")
+            base.write_bytes(self._at(commit, META) or b"")
+            theirs.write_bytes(self._at(f"{commit}~1", META) or b"")
+            try:
+                return Repository(self.root).bytes(
+                    "merge-file", "-p", str(ours), str(base), str(theirs)
+                )
+            except PortkitError:  # the same lines were changed since: take the old text
+                return None
 
     def _head(self) -> str:
         return self.git("rev-parse", "HEAD").strip()
@@ -299,6 +321,7 @@ class Port:
         return full.resolve().relative_to(self.root.resolve()).as_posix()
 
 
+META = "port.toml"
 _RESTORE_META = (
     "`git diff port.toml` in the port shows what changed; `git checkout port.toml` restores it."
 )
@@ -325,7 +348,7 @@ def open_port(name_or_path: str | Path) -> Port:
     """
     given = Path(name_or_path).expanduser()
     for root in (given, ports_dir() / given):
-        if (root / "port.toml").is_file():
+        if (root / META).is_file():
             port = Port(root.resolve())
             _validate(port)
             with suppress(Timeout, PortkitError), port.locked(seconds=0):
@@ -339,7 +362,7 @@ def open_port(name_or_path: str | Path) -> Port:
 
 
 def _validate(port: Port) -> None:
-    path = port.root / "port.toml"
+    path = port.root / META
     table = port.meta.get("port", {})
     for key in ("name", "architecture"):
         value = table.get(key) if isinstance(table, dict) else None

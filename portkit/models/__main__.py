@@ -24,6 +24,7 @@ def main() -> int:
 
     # Two threads whatever the machine has: the number of threads changes how sums are rounded.
     torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(True)
 
     def show(line: Progress) -> None:
         print(

@@ -104,13 +104,15 @@ def make(
 ) -> None:
     """Train the model on this machine's CPU and write checkpoint and tokenizer into `out`.
 
-    `steps` shortens the run. `out` is made if missing and must be empty of safetensors.
+    `steps` shortens the run. `out` is made if missing and must be empty of safetensors. Raises
+    PortkitError if it is not, or if `steps` is below one.
     """
+    if steps is not None and steps < 1:
+        raise PortkitError(f"cannot train for {steps} steps", next="ask for one or more")
     if out.exists() and any(out.glob("*.safetensors")):
         raise PortkitError("the folder already holds a checkpoint", str(out), "name another folder")
     plan = recipe.training
     torch.manual_seed(plan.seed)
-    torch.use_deterministic_algorithms(True)
     texts = pieces(recipe.corpus)
     tokenizer = train_tokenizer(
         texts,
@@ -189,5 +191,3 @@ def train(
         if step == steps or step % max(1, steps // 20) == 0:
             progress(Progress(step, steps, loss.item(), time.monotonic() - started))
     model.eval()
-
-

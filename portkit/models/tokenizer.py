@@ -10,6 +10,8 @@ from __future__ import annotations
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from portkit.errors import PortkitError
+
 # A user turn is a title and the answer is its piece: the layout of the corpus.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -32,7 +34,7 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Return a tokenizer of exactly `vocab_size` tokens; ids of special tokens follow their order.
 
-    Raises ValueError if the texts are too few for that many tokens.
+    Raises PortkitError if the texts are too few for that many tokens.
     """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -45,7 +47,11 @@ def train_tokenizer(
     )
     core.train_from_iterator(texts, trainer)
     if core.get_vocab_size() != vocab_size:
-        raise ValueError(f"the corpus gives {core.get_vocab_size()} tokens, not {vocab_size}")
+        raise PortkitError(
+            f"the corpus gives {core.get_vocab_size()} tokens and not {vocab_size}",
+            "[tokenizer] in model.toml",
+            "add text to the corpus, or ask for a smaller vocab_size",
+        )
     core.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, core.token_to_id(bos))]
     )

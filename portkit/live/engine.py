@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from portkit.live.checkpoint import Checkpoint, open_checkpoint
 from portkit.live.device import find_device
 from portkit.live.portmodule import port_class
 from portkit.live.profile import Profile
+from portkit.live.ranks import forked_ranks
 from portkit.port import Port
 
 Prompt = Sequence[int] | torch.Tensor
@@ -170,6 +171,7 @@ def start(
 
     `loader`: "portkit" fills the weights for the port, "port" uses its own load_weights.
     `checkpoint`: another folder than the port's. `llm_options` go to vllm.LLM, over the profile's.
+    With several ranks, start before anything else runs torch here: they are forks (ranks.py).
     Raises PortkitError for a bad checkpoint or if another class than the port's was started, and
     whatever the port's own code raises.
     """
@@ -200,7 +202,8 @@ def start(
     if options["enforce_eager"]:
         # vLLM's sampler compiles small functions of its own: 12 s the first time, for nothing here.
         torch.compiler.set_stance("force_eager")
-    llm = LLM(str(opened.root), **options)
+    with forked_ranks() if tensor_parallel_size > 1 else nullcontext():
+        llm = LLM(str(opened.root), **options)
     engine = Engine(llm, port, opened, profile, cls, tensor_parallel_size)
     try:
         engine._record_schedule()

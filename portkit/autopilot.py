@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from portkit.checks.runner import checks_of, pass_if_complete, run_checks
 from portkit.checks.verdict import Verdict
@@ -152,23 +151,17 @@ def diff_of_step(port: Port, step: Step) -> str:
     )
 
 
-def port_for_model(model: str, root: Path | None = None) -> Port:
-    """Open the port of a model or make it: a bundled model's name, or an architecture."""
-    name, options = model_options(model)
-    folder = root or ports_dir() / name
-    if (folder / "port.toml").is_file():
-        return open_port(folder)
+def port_for_model(
+    model: str, root: Path | None = None, progress: Callable[[str], None] = lambda text: None
+) -> Port:
+    """Open the port of a model in a folder (default: the ports folder), or make it.
+
+    `model` is a bundled model's name, an architecture, or a model type.
+    """
     from portkit.create import new_port
 
-    return new_port(name, root=folder, **options)
-
-
-def model_options(model: str) -> tuple[str, dict[str, Any]]:
-    """Return the port's name and what `new_port` needs for a model's name or architecture."""
-    import tomllib
-
-    recipe = Path(__file__).parent / "models" / model / "model.toml"
-    if recipe.is_file():
-        architecture = tomllib.loads(recipe.read_text())["architecture"]
-        return model, {"architecture": architecture}
-    return model.removesuffix("ForCausalLM").lower(), {"architecture": model}
+    name = model.removesuffix("ForCausalLM").lower()
+    folder = (root or ports_dir()) / name
+    if (folder / "port.toml").is_file():
+        return open_port(folder)
+    return new_port(name, architecture=model, root=root, progress=progress)

@@ -62,7 +62,7 @@ def _json(value: Any) -> None:
 
 
 def _rows(values: Iterable[Any]) -> list[dict[str, Any]]:
-    return [asdict(value) for value in values]
+    return [v.to_dict() if hasattr(v, "to_dict") else asdict(v) for v in values]
 
 
 # ---- making and looking -------------------------------------------------------------------------
@@ -78,18 +78,51 @@ def new(
         Path | None, typer.Option(help="Folder with config.json and safetensors.")
     ] = None,
     source: Annotated[Path | None, typer.Option(help="Your own modeling file.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder to make it in.")] = None,
+    accept_unlicensed: Annotated[
+        bool, typer.Option("--accept-unlicensed", help="You may copy this code without a licence.")
+    ] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Load pickled weights, which can run code.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the checkpoint's own code run.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make a port: a folder that is a git repository and a vLLM plugin."""
-    from portkit.autopilot import model_options
     from portkit.create import new_port
+    from portkit.report.live import Ongoing
 
-    options = model_options(model)[1] if model else {}
-    made = new_port(name, checkpoint=checkpoint, source=source, **options)
+    with Ongoing(f"new port {name}", quiet=as_json) as ongoing:
+        made = new_port(
+            name,
+            architecture=model,
+            checkpoint=checkpoint,
+            source=source,
+            root=root,
+            accept_unlicensed=accept_unlicensed,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+            progress=ongoing.say,
+        )
     if as_json:
         return _json({"name": made.name, "root": str(made.root), "architecture": made.architecture})
     typer.echo(f"✓ made the port {made.name} of {made.architecture}: {made.root}")
-    typer.echo("next:  portkit draft copy --apply, or open notebooks/00_choose.ipynb")
+    typer.echo("next:  open notebooks/00_choose.ipynb, or run `portkit check choose`")
+
+
+@app.command()
+def decide(
+    destination: Annotated[str, typer.Argument(help="out_of_tree or in_tree.")],
+    reason: Annotated[str, typer.Argument(help="Why, in a sentence.")],
+    port: PortOption = None,
+) -> None:
+    """Write down where the port will live, and why, in port.toml."""
+    from portkit.create import decide as write_decision
+
+    write_decision(_find(port), destination, reason)  # type: ignore[arg-type]
+    typer.echo(f"✓ decided: {destination}")
 
 
 @app.command()
@@ -143,13 +176,11 @@ def tasks(
 ) -> None:
     """List what the rules find in the port; exit 1 if anything is left."""
     from portkit.curriculum import step as step_of
-    from portkit.lint.engine import findings
-    from portkit.report.render import findings_report
+    from portkit.look import tasks_of
 
-    opened = _find(port)
-    found = findings(opened, step_of(step).id if step else None)
-    _json(_rows(found)) if as_json else _print(findings_report(found, opened.source))
-    raise typer.Exit(FAILED if found else 0)
+    report = tasks_of(_find(port), step_of(step) if step else None)
+    _json(_rows(report.values)) if as_json else _print(report)
+    raise typer.Exit(0 if report.ok else FAILED)
 
 
 @app.command()
@@ -293,7 +324,7 @@ def autopilot(
     model: Annotated[str, typer.Option(help="A bundled model or an architecture.")] = "helium",
     steps: Annotated[str | None, typer.Option(help="Comma-separated ids; else all.")] = None,
     port_dir: Annotated[
-        Path | None, typer.Option(help="Make the port here, or go on with the one there.")
+        Path | None, typer.Option(help="Folder to make the port in, or where it is; else ports.")
     ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="A new port in a temporary folder.")
@@ -307,7 +338,7 @@ def autopilot(
     if fresh and port_dir:
         raise typer.BadParameter("--fresh makes its own folder; leave out --port-dir")
     wanted = [step_of(s.strip()).id for s in steps.split(",")] if steps else None
-    root = Path(tempfile.mkdtemp(prefix="portkit-")) / "port" if fresh else port_dir
+    root = Path(tempfile.mkdtemp(prefix="portkit-")) if fresh else port_dir
     opened = port_for_model(model, root)
     events = _walk(opened, wanted, as_json)
     ended = events[-1] if events else None

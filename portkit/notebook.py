@@ -53,8 +53,8 @@ def _port_or_new(given: str | Path | None) -> Port:
         if given or os.environ.get("PORTKIT_PORT") or ports.known_ports():
             raise
     model = os.environ.get("PORTKIT_MODEL") or "helium"
-    with live.Ongoing(f"making a port of {model}"):
-        return autopilot.port_for_model(model)
+    with live.Ongoing(f"making a port of {model}") as ongoing:
+        return autopilot.port_for_model(model, progress=ongoing.say)
 
 
 def _told(method: Callable[..., Report]) -> Callable[..., Report]:
@@ -98,7 +98,9 @@ class Session:
     @_told
     def look(self) -> Report:
         """Show what the model is made of, read from the source without running it."""
-        return overview.facts_report(self.port)
+        from portkit.look import model_of
+
+        return model_of(self.port)
 
     @_told
     def show(self, symbol: str = "") -> Report:
@@ -128,7 +130,9 @@ class Session:
     @_told
     def tasks(self) -> Report:
         """Show what the rules of this step find in the port, at their lines."""
-        return render.findings_report(self._findings(), self.port.source)
+        from portkit.look import tasks_of
+
+        return tasks_of(self.port, self.step)
 
     @_told
     def fix(self, rule: str | None = None, unsafe: bool = False) -> Report:
@@ -136,6 +140,14 @@ class Session:
         from portkit.lint.engine import fix
 
         return overview.fixed_report(fix(self.port, rule, unsafe=unsafe), len(self._findings()))
+
+    @_told
+    def decide(self, destination: str, reason: str) -> Report:
+        """Write into port.toml where the port will live: "out_of_tree" or "in_tree", and why."""
+        from portkit.create import decide
+
+        decide(self.port, destination, reason)  # type: ignore[arg-type]
+        return render.text_report(Line(f"decided: {destination}, because {reason}", "passed"))
 
     # ---- check ------------------------------------------------------------------------------
 

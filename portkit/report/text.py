@@ -46,7 +46,7 @@ def _draw(block: Block) -> RenderableType:
         case Heading(text):
             return Text(f"\n{text}", style="bold")
         case Line():
-            return Padding(_line(block), (0, 0, 0, 2 * block.indent))
+            return Padding(_line(block), (0, 0, 0, 2 * block.indent), expand=False)
         case Pairs(rows):
             return _grid(rows)
         case Code():
@@ -54,7 +54,9 @@ def _draw(block: Block) -> RenderableType:
         case Diff(text, title):
             return _diff(text, title)
         case Log(text):
-            return Padding(Text(text, style="dim", no_wrap=True, overflow="fold"), (0, 0, 0, 4))
+            return Padding(
+                Text(text, style="dim", no_wrap=True, overflow="fold"), (0, 0, 0, 4), expand=False
+            )
         case Link(text, path, line):
             return Text(f"{text}: {path}{f':{line}' if line else ''}", overflow="fold")
         case Fold():
@@ -155,4 +157,4 @@ def _fold(fold: Fold) -> RenderableType:
     head = Text(_marked(fold.mark, fold.summary), style=STYLES[fold.mark])
     if not fold.in_text:
         return head
-    return Group(head, Padding(to_rich(fold.blocks), (0, 0, 0, 2)))
+    return Group(head, Padding(to_rich(fold.blocks), (0, 0, 0, 2), expand=False))

@@ -1,0 +1,306 @@
+"""Step forward, the model and the ForCausalLM class: vLLM's signatures, layers, logits."""
+
+from __future__ import annotations
+
+import libcst as cst
+
+from portkit.draft import edit, prune
+from portkit.draft.blocker import Blocker
+from portkit.draft.transforms.forward_layer import check_no_leftovers
+from portkit.draft.work import Work, plain_module, rewrite_init, set_members, set_method
+
+_FORWARD = """
+def forward(
+    self,
+    input_ids: torch.Tensor | None,
+    positions: torch.Tensor,
+    intermediate_tensors: IntermediateTensors | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+) -> torch.Tensor:
+    pass
+"""
+_MASKS = ("create_causal_mask", "create_sliding_window_causal_mask")
+
+
+def port_model(work: Work) -> None:
+    """The list of decoder layers: flat tokens, make_layers, embed_input_ids."""
+    facts = work.facts
+    cls = work.cls(facts.model)
+    forward, init = edit.method(cls, "forward"), edit.method(cls, "__init__")
+    if "vllm_config" in edit.parameters(init) and "positions" in edit.parameters(forward):
+        return
+    if "vllm_config" in edit.parameters(init) or "positions" in edit.parameters(forward):
+        raise Blocker(
+            f"{facts.model} is half ported: __init__ and forward must both take vLLM's arguments.",
+            work.line_of(f"class {facts.model}"), "Finish or undo that class, then draft again.",
+        )
+    _check_masks(work, forward)
+    new = edit.with_body(edit.function(_FORWARD), _model_body(work, forward))
+    check_no_leftovers(new, forward, facts.model, work)
+    cls = set_method(cls, new)
+    after_super = edit.statements("""
+config = vllm_config.model_config.hf_config
+cache_config = vllm_config.cache_config
+self.config = config
+""")
+    body = [s for s in (_model_init_line(work, s) for s in edit.body_of(init)) if s is not None]
+    cls = rewrite_init(cls, 'self, *, vllm_config: VllmConfig, prefix: str = ""', body, after_super)
+    embedding = facts.embedding
+    if embedding is None:
+        raise Blocker(f"{facts.model} has no embedding.", work.line_of(f"class {facts.model}"))
+    cls = _before_forward(cls, embed_method(f"self.{embedding.attr}(input_ids)"))
+    work.put(plain_module(cls))
+    work.did.append(f"{facts.model}: input_ids and positions are [num_tokens]; make_layers names each layer.")
+
+
+def embed_method(value: str) -> cst.FunctionDef:
+    return edit.blank_before(edit.function(
+        f"def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:\n    return {value}"
+    ))
+
+
+def _before_forward(cls: cst.ClassDef, new: cst.FunctionDef) -> cst.ClassDef:
+    if edit.method(cls, new.name.value) is not None:
+        return cls
+    members: list[edit.Statement] = []
+    for member in edit.members(cls):
+        if isinstance(member, cst.FunctionDef) and member.name.value == "forward":
+            members += [new, edit.blank_before(member)]
+        else:
+            members.append(member)
+    return set_members(cls, members)
+
+
+def _check_masks(work: Work, forward: cst.FunctionDef) -> None:
+    """Masks must be causal, full or sliding, and agree with what attention is told."""
+    names = {n for n in edit.names_read(forward) if n.startswith("create_") and n.endswith("mask")}
+    strange = sorted(names - set(_MASKS))
+    if strange:
+        raise Blocker(f"{work.facts.model}.forward builds a mask by {strange[0]}: vLLM's Attention has no such mask.",
+                      work.line_of(strange[0] + "("))
+    attention = work.facts.attention
+    if _MASKS[1] in names and "per_layer_sliding_window" not in edit.code(work.cls(attention.cls)):
+        raise Blocker(f"{work.facts.model} masks a sliding window that {attention.cls} does not pass to attention.",
+                      work.line_of(_MASKS[1] + "("))
+
+
+def _model_body(work: Work, forward: cst.FunctionDef) -> list[edit.Statement]:
+    facts = work.facts
+    cls = work.cls(facts.model)
+    forward = prune.drop_dropout_calls(prune.inference_only(forward), prune.dropout_attributes(cls))
+    layer_input = edit.parameters(edit.method(work.cls(facts.layer.cls), "forward"))[1]
+    body: list[edit.Statement] = []
+    for node in edit.body_of(forward):
+        if isinstance(node, cst.If) and edit.code(node.test).startswith("position_ids is None"):
+            continue
+        if isinstance(node, cst.For) and _is_layer_loop(node, facts.layers_attr):
+            node = _layer_loop(work, node, layer_input)
+        body.append(_returned(node, "last_hidden_state"))
+    if not any(isinstance(n, cst.For) for n in body):
+        raise Blocker(f"{facts.model}.forward has no loop over self.{facts.layers_attr}.",
+                      work.line_of(f"class {facts.model}"))
+    body = [_plain_assign(edit.rename_reads(n, {"position_ids": "positions"})) for n in body]
+    embedding = facts.embedding.attr
+    body = [edit.replace_text(n, f"self.{embedding}(input_ids)", "self.embed_input_ids(input_ids)") for n in body]
+    return [_plain_loop(n) for n in prune.live_body(body)]
+
+
+def _is_layer_loop(node: cst.For, attr: str) -> bool:
+    return f"self.{attr}" in edit.code(node.iter)
+
+
+def _layer_loop(work: Work, node: cst.For, layer_input: str) -> cst.For:
+    """for decoder_layer in self.layers[...]: one call with positions."""
+    target = node.target
+    variable = edit.code(target.elements[-1].value) if isinstance(target, cst.Tuple) else edit.code(target)
+
+    def change(here: cst.CSTNode) -> cst.CSTNode | None:
+        if not edit.is_call(here, variable):
+            return None
+        given = edit.call_argument(here, 0, layer_input)
+        if given is None:
+            raise Blocker(f"{work.facts.model}.forward passes no {layer_input} to its layers.", work.line_of(variable))
+        return edit.expression(f"{variable}(positions, {edit.code(given)})")
+
+    def first(here: cst.CSTNode) -> cst.CSTNode | None:
+        if isinstance(here, cst.Subscript) and edit.code(here).endswith("[0]"):
+            if isinstance(here.value, cst.Name) and here.value.value.endswith("outputs") or edit.is_call(here.value, variable):
+                return here.value
+        return None
+
+    node = edit.replace(edit.replace(node, change), first)
+    body = [s for s in edit.body_of(node) if not _hidden_state_recording(s)]
+    layers = f"islice(self.{work.facts.layers_attr}, self.start_layer, self.end_layer)"
+    numbered = isinstance(target, cst.Tuple)
+    return edit.with_body(node, body).with_changes(
+        iter=edit.expression(f"enumerate({layers})" if numbered else layers)
+    )
+
+
+def _hidden_state_recording(node: edit.Statement) -> bool:
+    return isinstance(node, cst.If) and "output_" in edit.code(node.test)
+
+
+def _plain_loop(node: edit.Statement) -> edit.Statement:
+    """Drop an index that only picked the mask."""
+    if not isinstance(node, cst.For) or not isinstance(node.target, cst.Tuple):
+        return node
+    index, variable = (e.value for e in node.target.elements)
+    if edit.is_call(node.iter, "enumerate") and edit.code(index) not in edit.names_read(node.body):
+        return node.with_changes(target=variable, iter=node.iter.args[0].value)
+    return node
+
+
+def _plain_assign(node: edit.Statement) -> edit.Statement:
+    """inputs_embeds: torch.Tensor = ... -> inputs_embeds = ... (torch.compile dislikes neither; readers do)."""
+
+    def change(here: cst.CSTNode) -> cst.CSTNode | None:
+        if isinstance(here, cst.AnnAssign) and here.value is not None and isinstance(here.target, cst.Name):
+            return cst.Assign([cst.AssignTarget(here.target)], here.value)
+        return None
+
+    return edit.replace(node, change)
+
+
+def _returned(node: edit.Statement, keyword: str) -> edit.Statement:
+    """return SomeOutput(last_hidden_state=x, ...) -> return x."""
+    small = edit.single(node)
+    if isinstance(small, cst.Return) and isinstance(small.value, cst.Call):
+        value = edit.call_argument(small.value, 99, keyword)
+        if value is not None:
+            return node.with_changes(body=[small.with_changes(value=value)])
+    return node
+
+
+def _model_init_line(work: Work, node: edit.Statement) -> edit.Statement | None:
+    facts = work.facts
+    pair = edit.assigned_attribute(node)
+    if pair is None:
+        return node
+    attr, value = pair
+    if attr in ("config", "gradient_checkpointing", "padding_idx") and attr != "padding_idx":
+        return None
+    if facts.rotary and edit.is_call(value, facts.rotary.cls):
+        return None
+    if attr == facts.layers_attr:
+        return _layers(work, node, value)
+    return node
+
+
+def _layers(work: Work, node: edit.Statement, value: cst.BaseExpression) -> edit.Statement:
+    """nn.ModuleList([Layer(config, i) for i in range(n)]) -> make_layers(n, lambda prefix: ..., prefix)."""
+    comprehension = next(iter(edit.find(value, lambda n: isinstance(n, cst.ListComp | cst.GeneratorExp))), None)
+    name = work.facts.layer.cls
+    if comprehension is None or not edit.is_call(comprehension.elt, name):
+        raise Blocker(f"{work.facts.model}: the layers are not made by one comprehension over {name}(...).",
+                      work.line_of(f"self.{work.facts.layers_attr} ="))
+    count = comprehension.for_in.iter
+    if not edit.is_call(count, "range") or len(count.args) != 1:
+        raise Blocker(f"{work.facts.model}: cannot tell how many layers there are.",
+                      work.line_of(f"self.{work.facts.layers_attr} ="))
+    index = edit.code(comprehension.for_in.target)
+    kept = [a for a in comprehension.elt.args if edit.code(a.value) != index]
+    arguments = [edit.flat(a.with_changes(comma=cst.MaybeSentinel.DEFAULT)) for a in kept]
+    arguments += ["cache_config=cache_config", "prefix=prefix"]
+    attr = work.facts.layers_attr
+    return edit.statement(f"""
+self.start_layer, self.end_layer, self.{attr} = make_layers(
+    {edit.code(count.args[0].value)},
+    lambda prefix: {name}({", ".join(arguments)}),
+    prefix=f"{{prefix}}.{attr}",
+)
+""").with_changes(leading_lines=node.leading_lines)
+
+
+# ---- ForCausalLM --------------------------------------------------------------------------------
+
+
+def port_causal_lm(work: Work) -> None:
+    """forward returns hidden states; compute_logits is what HF's forward did after the model."""
+    facts = work.facts
+    cls = work.cls(facts.causal_lm)
+    forward, init = edit.method(cls, "forward"), edit.method(cls, "__init__")
+    head = facts.head
+    if edit.method(cls, "compute_logits") is not None and "vllm_config" in edit.parameters(init):
+        return
+    if head is None:
+        raise Blocker(f"{facts.causal_lm} has no language-model head.", work.line_of(f"class {facts.causal_lm}"))
+    if forward is None:
+        raise Blocker(f"{facts.causal_lm} has no forward.", work.line_of(f"class {facts.causal_lm}"))
+    logits = _logits_body(work, forward)
+    ties = head.can_tie
+    cls = plain_module(cls)
+    members = [m for m in edit.members(cls) if isinstance(m, cst.FunctionDef) and m.name.value == "__init__"
+               or edit.is_docstring(m)]
+    cls = set_members(cls, members)
+    body: list[edit.Statement] = []
+    for node in edit.body_of(init):
+        pair = edit.assigned_attribute(node)
+        if pair and pair[0] == "config":
+            continue
+        if pair and edit.is_call(pair[1], facts.model):
+            node = edit.replace(node, lambda n: edit.expression(
+                f'{facts.model}(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "{facts.model_attr}"))'
+            ) if edit.is_call(n, facts.model) else None)
+        body.append(node)
+        if pair and pair[0] == head.attr and ties:
+            body += edit.statements(f"""
+if config.tie_word_embeddings:
+    # The checkpoint has no {head.attr}.weight of its own.
+    self.{head.attr}.weight = self.{facts.model_attr}.{facts.embedding.attr}.weight
+""")
+    after_super = edit.statements("config = vllm_config.model_config.hf_config\nself.config = config")
+    cls = rewrite_init(cls, 'self, *, vllm_config: VllmConfig, prefix: str = ""', body, after_super)
+    cls = set_method(cls, embed_method(f"self.{facts.model_attr}.embed_input_ids(input_ids)"))
+    call = f"return self.{facts.model_attr}(input_ids, positions, intermediate_tensors, inputs_embeds)"
+    cls = set_method(cls, edit.with_body(edit.function(_FORWARD), [edit.statement(call)]))
+    compute = edit.function("def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:\n    pass")
+    cls = set_method(cls, edit.with_body(compute, logits))
+    work.put(cls)
+    work.did.append(f"{facts.causal_lm}: forward returns hidden states, compute_logits applies {head.attr}; no loss.")
+
+
+def _logits_body(work: Work, forward: cst.FunctionDef) -> list[edit.Statement]:
+    """What HF's forward did from last_hidden_state to logits, without slicing, loss and outputs."""
+    facts = work.facts
+    forward = prune.inference_only(forward)
+    outputs = None
+    body: list[edit.Statement] = []
+    for node in edit.body_of(forward):
+        pair = edit.assigned(node)
+        if pair and edit.is_call(pair[1], f"self.{facts.model_attr}"):
+            outputs = edit.code(pair[0])
+            continue
+        if pair and edit.is_call(pair[1], f"self.{facts.head.attr}") is False and outputs:
+            read = edit.flat(pair[1])
+            if read in (f"{outputs}.last_hidden_state", f"{outputs}[0]"):
+                if edit.code(pair[0]) != "hidden_states":
+                    body.append(edit.statement(f"{edit.code(pair[0])} = hidden_states"))
+                continue
+        body.append(_returned(node, "logits"))
+    if outputs is None:
+        raise Blocker(f"{facts.causal_lm}.forward does not call self.{facts.model_attr}(...).",
+                      work.line_of(f"class {facts.causal_lm}"))
+
+    def change(here: cst.CSTNode) -> cst.CSTNode | None:
+        if isinstance(here, cst.Subscript) and "slice_indices" in edit.code(here) and isinstance(here.value, cst.Name):
+            return here.value
+        if isinstance(here, cst.Attribute) and edit.code(here) == f"{outputs}.last_hidden_state":
+            return cst.Name("hidden_states")
+        return None
+
+    body = prune.live_body([edit.replace(_one_line_comments(n), change) for n in body])
+    new = edit.with_body(edit.function("def compute_logits(self, hidden_states):\n    pass"), body)
+    check_no_leftovers(new, forward, f"{facts.causal_lm}.compute_logits: HF's", work)
+    if outputs in edit.names_read(new):
+        raise Blocker(f"{facts.causal_lm}.forward needs more than the model's hidden states for its logits.",
+                      work.line_of(f"class {facts.causal_lm}"))
+    if len(body) == 2 and edit.assigned(body[0]) and edit.code(body[1]).strip() == f"return {edit.code(edit.assigned(body[0])[0])}":
+        return [edit.statement(f"return {edit.flat(edit.assigned(body[0])[1])}")]
+    return body
+
+
+def _one_line_comments(node: edit.Statement) -> edit.Statement:
+    """Drop comments about slicing and loss, which are gone."""
+    lines = [x for x in node.leading_lines if x.comment is None or "logits" not in x.comment.value]
+    return node.with_changes(leading_lines=lines) if isinstance(node, cst.SimpleStatementLine | cst.If) else node

@@ -1,0 +1,43 @@
+"""Draft of step forward: the copied Transformers code, compatible with vLLM.
+
+Order matters only where it says so: attention first, because the layer's call follows its new
+signature, then the layer, the model, the ForCausalLM class, and the norms.
+"""
+
+from __future__ import annotations
+
+import libcst as cst
+
+from portkit.analysis.facts import facts_of
+from portkit.draft import source_draft
+from portkit.draft.finish import finish
+from portkit.draft.outcome import DraftOutcome
+from portkit.draft.transforms.forward_attention import port_attention
+from portkit.draft.transforms.forward_layer import port_layer, port_mlp
+from portkit.draft.transforms.forward_model import port_causal_lm, port_model
+from portkit.draft.transforms.norms import port_norms
+from portkit.draft.work import Work
+from portkit.port import Port
+
+
+def draft_source(source: str, architecture: str) -> Work:
+    """Draft the forward state of a source in the copy state. Raises Blocker where it cannot."""
+    facts = facts_of(source, architecture)
+    work = Work(cst.parse_module(source), facts)
+    source_draft.need_roles(work)
+    if facts.state != "copy":
+        return work
+    port_attention(work)
+    for name in dict.fromkeys(m.cls for m in facts.mlp):
+        port_mlp(work, name)
+    port_layer(work)
+    port_model(work)
+    port_causal_lm(work)
+    port_norms(work)
+    work.module = cst.parse_module(finish(work))
+    return work
+
+
+def draft(port: Port) -> DraftOutcome:
+    """Draft the port's modeling file; nothing is written."""
+    return source_draft.draft_file(port, "forward", draft_source)

@@ -293,6 +293,7 @@ def test_sigkill_at_any_moment_loses_nothing(port):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         if chance.random() < 0.8:
             assert worker.stdout.readline() == "ready\n", worker.communicate()
@@ -301,7 +302,10 @@ def test_sigkill_at_any_moment_loses_nothing(port):
             delay = chance.uniform(0, 0.6)
         with pytest.raises(subprocess.TimeoutExpired):
             worker.wait(delay)
-        worker.send_signal(signal.SIGKILL)
+        if round_ % 2:
+            os.killpg(worker.pid, signal.SIGKILL)  # its git as well
+        else:
+            worker.send_signal(signal.SIGKILL)
         worker.communicate()
 
         opened = open_port(port.root)

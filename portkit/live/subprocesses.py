@@ -19,16 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from portkit.errors import PortkitError
+from portkit.live.environment import JOBS_OWN, readers_environment
 
 SCRIPTS = Path(__file__).parent / "scripts"
-INHERITED_DROP = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_PLUGINS")
+INHERITED_DROP = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_PLUGINS", "TQDM_DISABLE")
 """Settings of the worker that a user's own process would not have."""
 
 
 def user_environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     """Return the environment of a process that a user starts, plus `extra`."""
-    kept = {k: v for k, v in os.environ.items() if k not in INHERITED_DROP}
-    return {**kept, "PYTHONUNBUFFERED": "1", **(extra or {})}
+    kept = {k: v for k, v in os.environ.items() if k not in INHERITED_DROP + JOBS_OWN}
+    # With the job's own PYTHONPATH the port would be importable without being installed.
+    own = {k: v for k, v in readers_environment().items() if k in JOBS_OWN}
+    return {**kept, **own, "PYTHONUNBUFFERED": "1", **(extra or {})}
 
 
 def run_script(

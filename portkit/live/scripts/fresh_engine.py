@@ -9,6 +9,8 @@ usage: fresh_engine.py REQUEST.json    (prints one line "RESULT {json}" at the e
 import json
 import sys
 
+from served_class import class_and_file  # beside this script
+
 
 def main() -> None:
     with open(sys.argv[1]) as stream:
@@ -23,12 +25,12 @@ def main() -> None:
     from vllm.model_executor.models import ModelRegistry
 
     llm = vllm.LLM(request["checkpoint"], skip_tokenizer_init=True, **request["options"])
-    sampling = vllm.SamplingParams(temperature=0.0, max_tokens=request["max_tokens"])
-    outputs = llm.generate([{"prompt_token_ids": p} for p in request["prompts"]], sampling)
-    (model_class,) = set(llm.apply_model(lambda model: (type(model).__module__, type(model).__qualname__)))
+    sampling = vllm.SamplingParams(temperature=0.0, max_tokens=request["max_tokens"], ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in request["prompts"]], sampling, use_tqdm=False)
+    module, name, file = llm.apply_model(class_and_file)[0]
     answer = {
-        "model_class": list(model_class),
-        "model_file": getattr(sys.modules.get(model_class[0]), "__file__", ""),
+        "model_class": [module, name],
+        "model_file": file,
         "vllm_file": vllm.__file__,
         "portkit_imported": "portkit" in sys.modules,
         "supported": request["architecture"] in ModelRegistry.get_supported_archs(),

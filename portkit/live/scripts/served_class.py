@@ -1,0 +1,9 @@
+"""A function for vLLM's worker processes: a module of its own, so that they can import it by name."""
+
+import sys
+
+
+def class_and_file(model):
+    """Return module, class name and file of the model that is really served."""
+    cls = type(model)
+    return cls.__module__, cls.__qualname__, sys.modules[cls.__module__].__file__

@@ -16,6 +16,7 @@ from portkit.checks.verdict import Verdict
 from portkit.curriculum import Step, steps
 from portkit.curriculum import step as step_of
 from portkit.draft.outcome import DraftOutcome
+from portkit.draft.pipeline import apply_draft
 from portkit.port import Port, open_port, ports_dir
 
 
@@ -45,21 +46,10 @@ class Ended:
     reason: str = ""
 
 
-DRAFT_MESSAGE = "draft {}"
+DRAFT_MESSAGE = "draft of step {}"
 """Message of the commit that applies a step's draft (portkit/draft/pipeline.py)."""
 
 Event = Drafted | Checked | Ended
-
-
-def apply_step(port: Port, step: Step) -> DraftOutcome:
-    """Apply a step's draft where the reader would edit; steps without one change nothing."""
-    import importlib.util
-
-    if importlib.util.find_spec(f"portkit.steps.{step.id}.draft") is None:
-        return DraftOutcome(step.id, "skipped", reason="this step has nothing to edit")
-    from portkit.draft.pipeline import apply_draft
-
-    return apply_draft(port, step.id)
 
 
 def walk(
@@ -79,7 +69,7 @@ def walk(
         started = time.monotonic()
         if progress:
             progress(f"drafting {step.id}")
-        outcome = apply_step(port, step)
+        outcome = apply_draft(port, step.id)
         yield Drafted(step, outcome)
         if outcome.status == "failed":
             yield Ended(step, False, time.monotonic() - started, outcome.reason)

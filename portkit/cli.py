@@ -278,14 +278,13 @@ def draft(
     as_json: JsonOption = False,
 ) -> None:
     """Show the automatic port of a step as a diff, or apply it."""
-    from portkit.autopilot import apply_step
     from portkit.curriculum import step as step_of
-    from portkit.draft.pipeline import draft_step
+    from portkit.draft.pipeline import apply_draft, draft_step
     from portkit.report.render import outcome_report
 
     opened = _find(port)
-    chosen = step_of(step)
-    outcome = apply_step(opened, chosen) if apply else draft_step(opened, chosen.id)
+    chosen = step_of(step).id
+    outcome = apply_draft(opened, chosen) if apply else draft_step(opened, chosen)
     _json(asdict(outcome)) if as_json else _print(
         outcome_report(outcome, opened.root, applied=apply)
     )

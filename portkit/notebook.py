@@ -18,6 +18,7 @@ from portkit.checks import results
 from portkit.checks.runner import checks_of, pass_if_complete, run_checks
 from portkit.curriculum import Step
 from portkit.curriculum import step as step_of
+from portkit.draft.pipeline import apply_draft, draft_step
 from portkit.errors import PortkitError
 from portkit.port import Port
 from portkit.report import live, overview, render
@@ -119,7 +120,7 @@ class Session:
         """Show the file to edit and its places; in autopilot apply the draft."""
         before = Report(())
         if autopilot_on() and self.step.id not in self._reached():
-            outcome = autopilot.apply_step(self.port, self.step)
+            outcome = apply_draft(self.port, self.step.id)
             before = render.outcome_report(outcome, self.port.root, applied=True)
             if outcome.status == "failed":
                 raise PortkitError(
@@ -212,14 +213,12 @@ class Session:
     @_told
     def draft(self) -> Report:
         """Show a solution for this very model as a diff; nothing is changed."""
-        from portkit.draft.pipeline import draft_step
-
         return render.outcome_report(draft_step(self.port, self.step.id), self.port.root)
 
     @_told
     def apply(self) -> Report:
         """Write the draft into the port, after committing what is there; `undo` takes it back."""
-        return render.outcome_report(autopilot.apply_step(self.port, self.step), applied=True)
+        return render.outcome_report(apply_draft(self.port, self.step.id), applied=True)
 
     @_told
     def undo(self) -> Report:
@@ -233,7 +232,7 @@ class Session:
         for step_id in autopilot.steps_before(self.step.id):
             if step_id in self._reached():
                 continue
-            outcome = autopilot.apply_step(self.port, step_of(step_id))
+            outcome = apply_draft(self.port, step_id)
             done += render.outcome_report(outcome, self.port.root, applied=True)
             if outcome.status == "failed":
                 raise PortkitError(

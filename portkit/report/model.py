@@ -21,6 +21,14 @@ MLP = {
     "plain": "up, activation, down",
     "unknown": "of a kind that the facts do not tell",
 }
+NORM = {
+    "rms": "RMSNorm as vLLM has it: scaled in float32, cast back, then weighted",
+    "rms_fp32_weight": "RMSNorm, weighted in float32 before it is cast back",
+    "rms_one_plus_weight": "RMSNorm weighted by 1 + w, as in Gemma",
+    "rms_no_weight": "RMSNorm without a weight",
+    "layernorm": "LayerNorm: a mean is subtracted",
+    "unknown": "a formula that the facts do not know",
+}
 
 
 def model_report(facts: ModelFacts, config: Mapping[str, Any], title: str) -> Report:
@@ -75,7 +83,7 @@ def _rows(facts: ModelFacts, config: Mapping[str, Any]) -> tuple[tuple[str, str]
     for mlp in facts.mlp:
         rows.append(("MLP", f"{MLP[mlp.kind]} (`{mlp.cls}`)"))
     for norm in facts.norm_classes:
-        rows.append(("norm", f"`{norm.name}`: {str(norm.formula).replace('_', ' ')}"))
+        rows.append(("norm", f"{NORM[norm.formula]} (`{norm.name}`)"))
     if facts.layer:
         rows.append(("layer", f"{RESIDUAL[facts.layer.residual]} (`{facts.layer.cls}`)"))
     if facts.head:

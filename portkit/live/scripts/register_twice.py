@@ -15,11 +15,6 @@ from importlib.metadata import entry_points
 def main() -> None:
     with open(sys.argv[1]) as stream:
         request = json.load(stream)
-    found = [
-        (point.group, point.name, point.value, getattr(point.dist, "name", ""))
-        for point in entry_points()
-        if point.value.split(":")[0].split(".")[0] == request["package"]
-    ]
     import torch
 
     opened = []
@@ -44,7 +39,6 @@ def main() -> None:
     from vllm.model_executor.models import ModelRegistry
 
     answer = {
-        "entry_points": found,
         "error": error,
         "where": where,
         "cuda_opened": [f"{frame.filename}:{frame.lineno}" for frame in opened],

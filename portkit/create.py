@@ -14,15 +14,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
 from portkit import __version__, models
 from portkit.architectures import Architecture, find_architecture, transformers_version
 from portkit.atomic import sync_folder
-from portkit.checkpoint import read_checkpoint, read_config
+from portkit.checkpoint import read_checkpoint
 from portkit.errors import PortkitError
+from portkit.live.checkpoint import open_checkpoint
 from portkit.port import Port, ports_dir
 from portkit.portfiles import IGNORED, PortFacts, port_files
 from portkit.repository import Repository
@@ -197,6 +198,8 @@ class _Given:
     source: Path | None
     checkpoint: Path | None
     checkpoint_kind: Literal["bundled", "reader", "random"]
+    pickles: tuple[str, ...] = ()
+    """The checkpoint's weight files, if they are pickles that the reader trusts."""
 
     @property
     def checkpoint_origin(self) -> str:
@@ -214,10 +217,9 @@ class _Given:
         bundle = models.find(architecture) if architecture else None
         wanted = bundle.architecture if bundle else architecture
         folder = Path(checkpoint).expanduser().absolute() if checkpoint else None
-        config: dict = {}
+        named = None
         if folder:
             named = read_checkpoint(folder, allow_pickle=allow_pickle)
-            config = named.config
             wanted = _agree(wanted, named.architecture, source is not None)
         elif source:
             raise PortkitError(
@@ -235,10 +237,12 @@ class _Given:
             file = Path(source).expanduser().absolute()
             name = _class_in(file, wanted)
             _check_licence(file, accept_unlicensed)
-            return cls(name, str(config.get("model_type", "")), None, file, folder, "reader")
+            model_type = str(named.config.get("model_type", ""))
+            return cls(name, model_type, None, file, folder, "reader", named.pickles)
         found = find_architecture(str(wanted))
-        if folder:
-            return cls(found.name, found.model_type, found, None, folder, "reader")
+        if named:
+            model_type = str(named.config.get("model_type", found.model_type))
+            return cls(found.name, model_type, found, None, folder, "reader", named.pickles)
         bundle = models.find(found.name)
         kind = "bundled" if bundle else "random"
         return cls(
@@ -297,31 +301,44 @@ def _keep_original(file: Path, folder: Path) -> None:
 def _fill_checkpoint(given: _Given, folder: Path, progress: Callable[[str], None]) -> None:
     """Put the checkpoint into the port: a small bundled one as a copy, the reader's as a link."""
     target = folder / "checkpoint"
-    if given.checkpoint_kind == "reader" and given.checkpoint:
+    if given.pickles:
+        progress("The checkpoint is a pickle: writing it as safetensors")
+        _in_worker(
+            "convert_pickle",
+            "The pickled checkpoint could not be converted",
+            progress,
+            source=str(given.checkpoint),
+            files=list(given.pickles),
+            out=str(target),
+        )
+    elif given.checkpoint_kind == "reader" and given.checkpoint:
         target.symlink_to(given.checkpoint.resolve(), target_is_directory=True)
     elif given.checkpoint:
         shutil.copytree(given.checkpoint, target)
     else:
-        _make_random(given, target, progress)
-    read_config(target)
+        progress(f"No checkpoint given: making a tiny random one of {given.architecture}")
+        _in_worker(
+            "random_checkpoint",
+            f"A tiny random checkpoint of {given.architecture} could not be made",
+            progress,
+            architecture=given.architecture,
+            model_type=given.model_type,
+            out=str(target),
+        )
+    open_checkpoint(target)
 
 
-def _make_random(given: _Given, target: Path, progress: Callable[[str], None]) -> None:
-    """Have the worker make a tiny random checkpoint of an architecture that none is bundled for."""
+def _in_worker(
+    job: str, failure: str, progress: Callable[[str], None], **args: str | list[str]
+) -> dict[str, Any]:
+    """Run a job that needs torch; PortkitError in words if it fails."""
     from portkit.live.client import live_for
 
-    progress(f"No checkpoint given: making a tiny random one of {given.architecture}")
-    result = live_for(None).run(
-        "random_checkpoint",
-        timeout=300.0,
-        progress=progress,
-        architecture=given.architecture,
-        model_type=given.model_type,
-        out=str(target),
-    )
+    result = live_for(None).run(job, progress=progress, **args)
     if not result.ok:
         raise PortkitError(
-            f"A tiny random checkpoint of {given.architecture} could not be made: {result.what}",
+            f"{failure}: {result.what}",
             result.where,
-            "Give one of your own: `--checkpoint DIR`.",
+            result.next or "Give a checkpoint in safetensors: `--checkpoint DIR`.",
         )
+    return result.value

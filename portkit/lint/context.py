@@ -23,6 +23,7 @@ def port_context(port: Port) -> PortContext:
         module=port.module,
         siblings=frozenset(p.stem for p in package.glob("*.py")),
         source_package=_source_package(port, original),
+        unlicensed=bool(port.meta.get("source", {}).get("accept_unlicensed")),
         rotary_layout=facts.rotary_layout,
         original_linears=facts.linears,
         original_ties=facts.ties,

@@ -35,6 +35,8 @@ class PortContext:
     """How the copied code rotates; None if unknown or not rotary."""
     original_linears: frozenset[str] = frozenset()
     """Attribute names of the linear layers in the copied code, e.g. {"q_proj", "lm_head"}."""
+    unlicensed: bool = False
+    """The reader said that this code may be used without a licence (port.toml)."""
     original_ties: bool | None = None
     """Whether the copied code can tie the LM head to the embedding; None if unknown."""
 

@@ -6,7 +6,7 @@ import re
 
 import libcst as cst
 
-from portkit.lint.finding import Invalid, Valid
+from portkit.lint.finding import Invalid, PortContext, Valid
 from portkit.lint.rule import Rule
 
 COPYRIGHT = re.compile(r"copyright|\(c\) \d{4}|©|SPDX-FileCopyrightText", re.I)
@@ -17,7 +17,8 @@ class KeepLicenceHeader(Rule):
     """Keep the copyright notice and the licence at the top of the file.
 
     ## What it does
-    Reports a modeling file whose leading comments name no copyright holder or no licence.
+    Reports a modeling file whose leading comments name no copyright holder or no licence, unless port.toml says
+    that you took unlicensed code on purpose.
 
     ## Why vLLM wants it
     The guide asks you to review and adhere to the original code's copyright and licensing terms.
@@ -42,6 +43,7 @@ class KeepLicenceHeader(Rule):
         Valid("# Copyright 2024 The Example Team.\n# Licensed under the Apache License, Version 2.0\nimport torch\n"),
         Valid('"""A model.\n\nCopyright 2024 The Example Team\nLicense: MIT\n"""\nimport torch\n'),
         Valid(""),
+        Valid("import torch\n", PortContext(unlicensed=True)),
     ]
     INVALID = [
         Invalid("import torch\n", line=1, names="copyright"),
@@ -49,7 +51,7 @@ class KeepLicenceHeader(Rule):
     ]
 
     def visit_Module(self, node: cst.Module) -> None:
-        if not node.body:
+        if not node.body or self.port.unlicensed:
             return
         lines = [line.comment.value for line in node.header if line.comment]
         lines += [line.comment.value for line in node.body[0].leading_lines if line.comment]

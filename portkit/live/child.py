@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from portkit.live import processes, wire
+from portkit.live.environment import remember_readers
 from portkit.live.failure import describe
 from portkit.live.job import JobRequest
 
@@ -30,10 +31,16 @@ DUMP_SIGNAL = signal.SIGUSR2
 """Sent to every process of a job that ran out of time: each writes where it is."""
 
 
-def run_forked(request: JobRequest, answer: socket.socket, stack_fd: int, scratch: Path) -> NoReturn:
-    """Run the job in this freshly forked process and exit. fds 0-2 are already redirected."""
+def run_forked(
+    request: JobRequest, answer: socket.socket, stack_fd: int, scratch: Path, environment: dict[str, str]
+) -> NoReturn:
+    """Run the job in this freshly forked process and exit. fds 0-2 are already redirected.
+
+    `environment`: the kernel's, for programs that a job starts as the reader would.
+    """
     code = 1
     try:
+        remember_readers(environment)
         _settle(request, stack_fd, scratch)
         message = _answer(request, answer)
         code = 0 if message["event"] == "answer" else 1
@@ -52,8 +59,7 @@ def run_forked(request: JobRequest, answer: socket.socket, stack_fd: int, scratc
 
 
 def _settle(request: JobRequest, stack_fd: int, scratch: Path) -> None:
-    """Make this process a job's: who dies with whom, where its words and its imports go."""
-    processes.die_with_parent()
+    """Make this process a job's: its signals, where its words and its imports go."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
@@ -122,19 +128,20 @@ def read_afresh(root: str) -> None:
 
 
 def _bind_descendants() -> None:
-    """Have forked descendants (vLLM's ranks) die with the process that forked them.
+    """Have the processes that the job forks (vLLM's ranks) die with it, even by SIGKILL.
 
-    The kernel counts the forking *thread* as the parent, so only forks of a main thread are bound.
+    The kernel counts the forking *thread* as the parent, so only forks of the job's main thread are
+    bound; and a daemon, which outlives the process that forked it on purpose, must not be.
     """
-    forked_by_main = False
+    job, bound = os.getpid(), False
 
     def before() -> None:
-        nonlocal forked_by_main
-        forked_by_main = threading.current_thread() is threading.main_thread()
+        nonlocal bound
+        bound = os.getpid() == job and threading.current_thread() is threading.main_thread()
 
     def after_in_child() -> None:
-        if forked_by_main:
-            processes.die_with_parent()
+        if bound:
+            processes.die_with_parent(job)
 
     os.register_at_fork(before=before, after_in_child=after_in_child)
 

@@ -24,7 +24,7 @@ from portkit.errors import PortkitError
 from portkit.live import processes, wire
 from portkit.live.job import JobRequest, JobResult
 from portkit.live.outcome import result_of, worker_gone
-from portkit.live.worker import Worker, shared_worker
+from portkit.live.worker import Worker, WorkerError, shared_worker
 
 if TYPE_CHECKING:
     from portkit.port import Port
@@ -70,8 +70,8 @@ class Live:
                 request = JobRequest(job, str(self.root or ""), args, timeout)
                 try:
                     worker = self._ready(say)
-                except PortkitError as error:
-                    return JobResult(job, "error", log_tail=getattr(error, "log", ""), **error.to_dict())
+                except WorkerError as error:
+                    return JobResult(job, "error", log_tail=error.log, **error.to_dict())
                 result = self._converse(worker, request, say, max_memory_mib)
                 return replace(result, device=worker.device[0], device_reason=worker.device[1])
             finally:
@@ -123,7 +123,9 @@ class Live:
         self, worker: Worker, request: JobRequest, say: Callable[[str], None], max_memory_mib: float | None
     ) -> JobResult:
         log = self._log_path(request.job)
-        order = wire.encode({"request": asdict(request), "log": str(log), "limit_mib": max_memory_mib})
+        order = wire.encode(
+            {"request": asdict(request), "log": str(log), "limit_mib": max_memory_mib, "environment": dict(os.environ)}
+        )
         ours, theirs = socket.socketpair()
         heard: dict[str, dict[str, Any]] = {}
         try:

@@ -54,6 +54,24 @@ WATCHED = ("PORTKIT_DEVICE", "CUDA_VISIBLE_DEVICES")
 """A worker started under other values of these is not used again."""
 
 
+JOBS_OWN = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "LD_PRELOAD")
+"""Set by a job for itself (child.py) or by vLLM's CPU platform; a user's process has its own."""
+
+_readers: dict[str, str] = {}
+
+
+def remember_readers(environment: Mapping[str, str]) -> None:
+    """Keep the kernel's environment, in a job's process, for `readers_environment`."""
+    _readers.clear()
+    _readers.update(environment)
+
+
+def readers_environment() -> dict[str, str]:
+    """Return the environment of the reader's kernel, untouched by the worker: for a job that starts
+    a program the way the reader would."""
+    return dict(_readers or os.environ)
+
+
 def worker_environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment to start the worker with, from the kernel's."""
     base = os.environ if base is None else base

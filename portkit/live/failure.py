@@ -132,7 +132,11 @@ def _next(error: BaseException, where: str) -> str:
 
 
 def _inside(file: str, port_root: str) -> bool:
-    return bool(port_root) and Path(file).is_relative_to(port_root)
+    """True for the port's own code: not for an environment or portkit's files inside its folder."""
+    path = Path(file)
+    if not port_root or not path.is_relative_to(port_root):
+        return False
+    return not {"site-packages", ".portkit"}.intersection(path.relative_to(port_root).parts)
 
 
 def _place(file: str, line: int, name: str, port_root: str) -> str:

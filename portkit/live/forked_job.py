@@ -22,6 +22,8 @@ DUMP_SECONDS = 1.0
 """How long a job that ran out of time may take to write where it is."""
 LEAVE_SECONDS = 5.0
 """How long a job that has answered may take to end by itself."""
+HEARING_SECONDS = 30.0
+"""How long the kernel may take to read what a job says; then it is taken for gone."""
 ORDER_SECONDS = 5.0
 """How long the kernel may take to send the order after the socket."""
 
@@ -50,7 +52,8 @@ class ForkedJob:
         self.answered_at = 0.0
         self._lines = wire.Lines(answer)
         self._memory_seen = 0.0
-        kernel.setblocking(True)
+        self._seen: set[int] = set()
+        kernel.settimeout(HEARING_SECONDS)
         answer.setblocking(False)
         os.set_blocking(output, False)
         selector.register(kernel, selectors.EVENT_READ, self._from_kernel)
@@ -74,8 +77,10 @@ class ForkedJob:
         ours, theirs = socket.socketpair()
         output, output_end = os.pipe()
         os.environ["PORTKIT_JOB_DEVICE"] = device[0]
+        worker = os.getpid()
         pid = os.fork()
         if pid == 0:
+            processes.die_with_parent(worker)
             os.setsid()
             stack_fd = os.open(stack, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             null = os.open(os.devnull, os.O_RDONLY)
@@ -86,7 +91,7 @@ class ForkedJob:
             ours.close()
             kernel.close()
             close_in_child()
-            child.run_forked(request, theirs, stack_fd, scratch)
+            child.run_forked(request, theirs, stack_fd, scratch, order["environment"])
         theirs.close()
         os.close(output_end)
         limit = order["limit_mib"] or 0.9 * processes.available_mib()
@@ -127,11 +132,16 @@ class ForkedJob:
     # ---- the clock --------------------------------------------------------------------------
 
     def look(self) -> bool:
-        """Watch time, memory and exit once; True when the job is over and the kernel told."""
+        """Watch time, memory and exit once; True when the job is over and the kernel told.
+
+        Called between messages: a job that has just answered has a moment to leave by itself.
+        """
         now = time.monotonic()
         if now - self._memory_seen > MEMORY_TICK:
             self._memory_seen = now
-            memory = processes.job_memory_mib(self.pid, self.inherited_mib)
+            below = processes.descendants(self.pid)
+            self._seen.update(below)
+            memory = processes.memory_mib((self.pid, *below), self.inherited_mib)
             self.peak_mib = max(self.peak_mib, memory)
             if memory > self.limit_mib and not self.answered_at:
                 self.cause = self.cause or "memory"
@@ -161,7 +171,8 @@ class ForkedJob:
             size = now
 
     def _finish(self, exit_code: int, maxrss_mib: float) -> None:
-        processes.kill_tree(self.pid)
+        processes.kill_group(self.pid)
+        processes.kill_adopted(self._seen)
         with contextlib.suppress(BlockingIOError, OSError):
             while data := os.read(self.output, 1 << 16):
                 self.log.write(data)
@@ -174,6 +185,8 @@ class ForkedJob:
         if stack:
             self.log.write(b"\n" + stack[:100_000].encode())
         tail = self.log.finish()
+        self.stack.unlink(missing_ok=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
         for channel in (self.kernel, self.answer, self.output):
             self._forget(channel)
         self._tell(
@@ -184,8 +197,6 @@ class ForkedJob:
         self.kernel.close()
         self.answer.close()
         os.close(self.output)
-        self.stack.unlink(missing_ok=True)
-        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def _forget(self, channel: Any) -> None:
         with contextlib.suppress(KeyError, ValueError):

@@ -40,9 +40,15 @@ CPU_MODULES = (
 )
 
 
+
 def warm() -> None:
-    """Do once what every engine start would do again and that leaves nothing behind but caches."""
+    """Do once what every engine start would do again and that leaves nothing behind but its result."""
     from vllm.platforms import current_platform
+
     if current_platform.is_cpu():
-        for m in CPU_MODULES:
-            importlib.import_module(m)
+        for module in CPU_MODULES:
+            importlib.import_module(module)
+        # Looks through every attribute of every module, a quarter of a second; once is enough, as
+        # the replacements it makes are inherited by the jobs.
+        current_platform.register_triton_kernel_overrides()
+        type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)

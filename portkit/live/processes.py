@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -24,9 +25,11 @@ def adopt_orphans() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that forked it ends."""
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the thread of `parent` that forked it ends."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def thread_count(pid: int | str = "self") -> int:
@@ -51,11 +54,22 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def kill_group(pid: int) -> None:
+    """Kill what is left of a job's process group; the leader itself may be reaped already."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def kill_adopted(candidates: set[int]) -> None:
+    """Kill those of a finished job's processes that this process has adopted, and what is below."""
+    for process in candidates.intersection(children(os.getpid())):
+        kill_tree(process)
+
+
 def kill_tree(pid: int) -> None:
     """Kill a job's process, its group and everything below it, also what left the group."""
     below = descendants(pid)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
+    kill_group(pid)
     for process in (pid, *below):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(process, signal.SIGKILL)
@@ -69,9 +83,9 @@ def resident_mib(pid: int) -> float:
         return 0.0
 
 
-def job_memory_mib(pid: int, inherited_mib: float) -> float:
+def memory_mib(pids: Iterable[int], inherited_mib: float) -> float:
     """Return the memory of a job's processes; the worker's own pages, which each shares, count once."""
-    sizes = [resident_mib(process) for process in (pid, *descendants(pid))]
+    sizes = [resident_mib(process) for process in pids]
     return inherited_mib + sum(max(0.0, size - inherited_mib) for size in sizes if size)
 
 

@@ -31,6 +31,8 @@ from portkit.live.forked_job import ForkedJob
 
 TICK = 0.05
 """Seconds between looks at a running job's clock, memory and exit."""
+LEAVING_TICK = 0.005
+"""The same for a job that has answered: its result waits for its end."""
 IDLE_TICK = 1.0
 
 
@@ -58,7 +60,7 @@ class Server:
             for module in modules:
                 self.tell("importing", module=module)
                 importlib.import_module(module)
-            if modules:
+            if "vllm" in sys.modules:
                 from portkit.live.device import find_device
                 from portkit.live.preload import warm
 
@@ -95,7 +97,7 @@ class Server:
         self.selector.register(self.control, selectors.EVENT_READ, self._from_kernel)
         try:
             while True:
-                for key, _ in self.selector.select(TICK if self.jobs else IDLE_TICK):
+                for key, _ in self.selector.select(self._tick()):
                     key.data()
                 for pid, job in list(self.jobs.items()):
                     if job.look():
@@ -105,6 +107,11 @@ class Server:
                 self._leave_if_alone()
         finally:
             self.stop()
+
+    def _tick(self) -> float:
+        if not self.jobs:
+            return IDLE_TICK
+        return LEAVING_TICK if any(job.answered_at for job in self.jobs.values()) else TICK
 
     def stop(self) -> None:
         for job in self.jobs.values():

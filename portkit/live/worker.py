@@ -34,6 +34,14 @@ _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 _lock = threading.RLock()
 
 
+class WorkerError(PortkitError):
+    """The worker could not start; `log` is what it wrote."""
+
+    def __init__(self, what: str, where: str, next: str, log: str = "") -> None:
+        super().__init__(what, where, next)
+        self.log = log
+
+
 class Worker:
     """One worker process."""
 
@@ -148,9 +156,7 @@ class Worker:
     def _fail(self, what: str, where: str, next: str) -> None:
         tail = self.log_tail()
         self.kill()
-        error = PortkitError(what, where, next)
-        error.log = tail
-        raise error
+        raise WorkerError(what, where, next, tail)
 
     def drop_in_fork(self) -> None:
         """In a fork of the kernel: let go of the socket, so that the worker sees the kernel leave."""
@@ -163,7 +169,10 @@ def shared_worker(preload: tuple[str, ...] | None) -> Worker:
     if preload is None:
         from portkit.live.preload import MODULES
 
-        require_vllm()
+        try:
+            require_vllm()
+        except PortkitError as error:
+            raise WorkerError(**error.to_dict()) from None
         preload = MODULES
     with _lock:
         for worker in _workers:

@@ -8,6 +8,7 @@ it does not know through its Transformers backend, without a word.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -120,6 +123,11 @@ class Engine:
             return [g.rows for g in self.generate(prompts, prompt_logprobs=True)]
         return [self.generate([p], prompt_logprobs=True)[0].rows for p in prompts]
 
+    def recover(self) -> None:
+        """Forget the requests that an exception in the model left unfinished."""
+        llm_engine = self.llm.llm_engine
+        llm_engine.abort_request(list(llm_engine.output_processor.request_states), internal=True)
+
     @contextmanager
     def recorded_schedule(self) -> Iterator[list[dict[str, int]]]:
         """Collect the scheduler's decisions made inside the block."""
@@ -193,6 +201,10 @@ def start(
         "tensor_parallel_size": tensor_parallel_size,
         **llm_options,
     }
+    if tensor_parallel_size > 1:
+        # The switch of `embedding_inputs` reaches only a runner in this process.
+        options["enable_prompt_embeds"] = False
+    _register_config(opened, port)
     # One process holds engine and model, so that a job can reach the model.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     # Needed to call a function on the models of other ranks; nothing comes over a network here.
@@ -207,6 +219,8 @@ def start(
     engine = Engine(llm, port, opened, profile, cls, tensor_parallel_size)
     try:
         engine._record_schedule()
+        if tensor_parallel_size == 1:
+            engine.runner.enable_prompt_embeds = False
         served = set(engine.on_model(_class_of))
         if served != {(cls.__module__, cls.__qualname__)}:
             raise PortkitError(
@@ -231,6 +245,23 @@ def longest(config: dict[str, Any], profile: Profile) -> int:
     marks = [config.get("sliding_window"), rope.get("original_max_position_embeddings")]
     wanted = max([profile.far, *(int(m) + 128 for m in marks if isinstance(m, int))])
     return min(positions, wanted, 8192)
+
+
+def _register_config(checkpoint: Checkpoint, port: Port) -> None:
+    """Make a configuration class that the port brings along known to Transformers."""
+    model_type = checkpoint.config.get("model_type", "")
+    if model_type in CONFIG_MAPPING:
+        return
+    for name, module in list(sys.modules.items()):
+        if name == port.package or name.startswith(port.package + "."):
+            for value in list(vars(module).values()):
+                if (
+                    isinstance(value, type)
+                    and issubclass(value, PreTrainedConfig)
+                    and value.model_type == model_type
+                ):
+                    AutoConfig.register(model_type, value)
+                    return
 
 
 def _class_of(model: nn.Module) -> tuple[str, str]:

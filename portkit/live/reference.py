@@ -7,10 +7,13 @@ edit of the port does not pay for them again. Nothing of the port is imported he
 from __future__ import annotations
 
 import hashlib
+import importlib
+import io
+import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -100,9 +103,8 @@ class Reference:
 def original_class(port: Port) -> type:
     """Return the class being ported, as Transformers (or the reader's own source) defines it."""
     source = port.meta.get("source", {})
-    own = source.get("file")
-    if own and not hasattr(transformers, port.architecture):
-        return _class_in_file(port, port.root / own)
+    if source.get("kind") == "file":
+        return _class_in_file(port, port.root / "original" / str(source["original"]))
     cls = getattr(transformers, port.architecture, None)
     if not isinstance(cls, type):
         raise PortkitError(
@@ -128,22 +130,16 @@ def load_model(cls: type, checkpoint: Checkpoint, device: str = "cpu") -> nn.Mod
 
 
 def _class_in_file(port: Port, path: Path) -> type:
-    import importlib.util
-    import sys
-
+    """Import the reader's original as a module of a package, so that it finds what is beside it."""
     name = f"portkit_original_{port.name}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise PortkitError(f"{path.name} cannot be imported.", str(path), "Is it a Python file?")
-    module: Any = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return getattr(module, port.architecture)
+    package = ModuleType(name)
+    package.__path__ = [str(path.parent)]
+    sys.modules[name] = package
+    importlib.invalidate_caches()
+    return getattr(importlib.import_module(f"{name}.{path.stem}"), port.architecture)
 
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    import io
-
     stream = io.BytesIO()
     np.savez(stream, **arrays)
     path.parent.mkdir(parents=True, exist_ok=True)

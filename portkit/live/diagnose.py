@@ -1,0 +1,386 @@
+"""From the first diverging module to its likely causes, most likely first.
+
+Where a cause can be tried it is tried: the same numbers are put through the other rotary layout,
+the other order, a missing bias or scale, and what then agrees is named as found and not as
+possible. Works from what the two models hold; knows no architecture by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding, RotaryEmbeddingBase
+
+from portkit.live.trace import Captures, Divergence, paired
+
+NEAR = 1e-4
+"""Relative to the largest value: as near as float32 rounding leaves two ways to compute the same."""
+
+
+class Diagnosis:
+    """Collects causes about one divergence."""
+
+    def __init__(
+        self, divergence: Divergence, ours: Captures, theirs: Captures, port: nn.Module,
+        original: nn.Module,
+    ) -> None:
+        self.at = divergence
+        self.ours = ours
+        self.theirs = theirs
+        self.port = port
+        self.original = original
+        self.packed = getattr(port, "packed_modules_mapping", None) or {}
+        self.found: list[str] = []
+        self.possible: list[str] = []
+        self.call = ""
+        """The attribute whose call is to be looked at, if it is not the module itself."""
+
+    def run(self) -> tuple[str, ...]:
+        """Return the causes, those that were proven before those that are only likely."""
+        at = self.at
+        if at.kind == "never called":
+            self.found.append(
+                f"The port makes {at.path} and loads its weights, but its forward never calls it."
+            )
+        elif at.kind == "shape":
+            self.possible.append(
+                f"{at.path} ({at.role}) is {at.shape_ours} in vLLM and {at.shape_theirs} in "
+                "Transformers, as [tokens, width]: compare the sizes given to it with the config's."
+            )
+        elif at.kind == "logits":
+            self._logits()
+        elif at.role in "qk":
+            self._rotary()
+        elif at.role == "v":
+            self._matches()
+            self.possible.append("q, k and v are split in another order, or with other sizes, than they were projected.")
+        elif at.role == "attn":
+            self._attention()
+        elif at.role == "in":
+            self._input()
+        else:
+            self._output()
+        return tuple(dict.fromkeys(self.found + self.possible))
+
+    # ---- by kind --------------------------------------------------------------------------------
+
+    def _rotary(self) -> None:
+        rotary = self._rotary_module()
+        if rotary is not None:
+            self.call = self._name_of(rotary)
+        given = self._get(self._projection(self.at.role), "out")
+        target = self.theirs.values[self.at.path, self.at.role]
+        used = self._rotary_positions()
+        passed = self.ours.extra.get("positions", [])
+        if used and passed and used != passed[: len(used)]:
+            wrong = next(i for i, (a, b) in enumerate(zip(used, passed, strict=False)) if a != b)
+            self.found.append(
+                f"The rotary embedding is given position {used[wrong]} for the token at position "
+                f"{passed[wrong]}: positions are recomputed. Hand on the `positions` that forward "
+                "gets; in a batch, a chunk or a decode step they do not start at 0."
+            )
+        elif given is not None and self._near(self._ours(), given):
+            self.found.append(
+                f"{self.at.role} reaches the attention just as the projection left it: the rotary "
+                "embedding is not applied. Call `q, k = self.rotary_emb(positions, q, k)`."
+            )
+        elif rotary is not None and given is not None and isinstance(rotary, RotaryEmbedding):
+            self._try_rotary(rotary, given, target)
+        self._scaled(f"{self.at.role} before the attention")
+        self._matches()
+        if self.at.first_ok:
+            self.possible.append(
+                "Position 0 is right and later ones are not, which only a rotation can do: "
+                "is_neox_style, rope_parameters (theta, scaling) or the rotated part of the head "
+                "in get_rope(...) differ from the original."
+            )
+        else:
+            self.possible.append(
+                f"Something between the projection and the attention changes {self.at.role}: a "
+                "norm of queries and keys left out, a scale, or a split with other sizes."
+            )
+
+    def _try_rotary(self, rotary: RotaryEmbedding, given: torch.Tensor, target: torch.Tensor) -> None:
+        config = self.original.config
+        rope = getattr(config, "rope_parameters", None) or {}
+        theta = rope.get("rope_theta") if isinstance(rope.get("rope_theta"), int | float) else None
+        part = rope.get("partial_rotary_factor")
+        dims = [rotary.rotary_dim, rotary.head_size]
+        dims += [int(rotary.head_size * part)] if isinstance(part, int | float) else []
+        styles = [rotary.is_neox_style, not rotary.is_neox_style]
+        bases = [float(rotary.base)] + ([float(theta)] if theta else [])
+        positions = torch.tensor(self.ours.extra["positions"][: len(given)])
+        for base in dict.fromkeys(bases):
+            for dim in dict.fromkeys(dims):
+                for style in styles:
+                    changed = self._differences(rotary, base, dim, style)
+                    if changed and self._near(_rotate(given, positions, rotary.head_size, dim, base, style), target):
+                        self.found.append(
+                            "With " + " and ".join(changed) + " the numbers agree (tried on this "
+                            "prompt). Change that in get_rope(...)."
+                        )
+                        return
+
+    @staticmethod
+    def _differences(rotary: RotaryEmbedding, base: float, dim: int, style: bool) -> list[str]:
+        changed = []
+        if style != rotary.is_neox_style:
+            layout = "halves" if style else "interleaved pairs"
+            changed.append(f"is_neox_style={style} (the original rotates {layout})")
+        if base != rotary.base:
+            changed.append(f"rope_theta {base:g} instead of {rotary.base:g} (pass rope_parameters=config.rope_parameters)")
+        if dim != rotary.rotary_dim:
+            changed.append(f"{dim} instead of {rotary.rotary_dim} of a head's {rotary.head_size} values rotated")
+        return changed
+
+    def _attention(self) -> None:
+        attention = self._attention_module()
+        options = self.theirs.extra.get(f"{self.at.path} attention", {})
+        self.call = self._name_of(attention) if attention is not None else ""
+        if attention is not None:
+            impl = attention.impl
+            scale, wanted = float(getattr(impl, "scale", 0.0)), options.get("scaling")
+            if wanted and scale and abs(scale / wanted - 1) > 1e-5:
+                self.found.append(
+                    f"Attention's scale is {scale:.6g}, the original's is {wanted:.6g}: "
+                    f"{scale / wanted:.4g} times it."
+                )
+            if attention.num_kv_heads != options.get("kv_heads", attention.num_kv_heads):
+                self.found.append(
+                    f"Attention was given {attention.num_kv_heads} KV heads, the original has "
+                    f"{options['kv_heads']}: pass num_kv_heads=."
+                )
+            window = options.get("sliding_window")
+            ours = getattr(attention, "sliding_window", None)
+            if (window or None) != (ours or None) and (window or ours):
+                self.found.append(
+                    f"The sliding window is {ours} in vLLM and {window} in the original: "
+                    "per_layer_sliding_window=."
+                )
+            cap = options.get("softcap")
+            ours_cap = getattr(impl, "logits_soft_cap", None) or getattr(impl, "soft_cap", None)
+            if (cap or 0) != (ours_cap or 0):
+                self.found.append(f"Attention logits are capped at {cap} in the original: logits_soft_cap=.")
+        self._matches()
+        if self.at.first_ok:
+            self.possible.append(
+                f"q, k and v agree and so do the first {self.at.first_ok} positions; what a token "
+                "may see, or how sharply, differs: scale, sliding window, ALiBi, soft-cap."
+            )
+        else:
+            self.possible.append(
+                "q, k and v agree, but position 0 (which sees only itself) does not: head counts, "
+                "or which KV head serves which query head."
+            )
+
+    def _input(self) -> None:
+        self._matches("What it is given is")
+        name = self.at.path.rpartition(".")[2]
+        parent = self.at.path.rpartition(".")[0]
+        product = self._activation(parent)
+        if product is not None:
+            self.found.append(product)
+        self._scaled(f"the input of {name}")
+        self.possible.append(
+            f"Everything computed before agrees, so the port's forward hands {name} another tensor "
+            "than the original does: a norm, a residual, an activation or a scale in between."
+        )
+
+    def _activation(self, parent: str) -> str | None:
+        """Try the orders and functions of a gated activation on the members' own outputs."""
+        branches = [
+            (path, self._get(path, "out")) for path, role in self.theirs.values
+            if role == "out" and path.rpartition(".")[0] == parent and path != self.at.path
+            and hasattr(self._original(path), "weight")
+        ]
+        branches = [(p, t) for p, t in branches if t is not None and t.shape == self._ours().shape]
+        if len(branches) != 2:
+            return None
+        (first, a), (second, b) = branches
+        functions = {
+            "silu": nn.functional.silu, "gelu": nn.functional.gelu,
+            "gelu (tanh)": lambda x: nn.functional.gelu(x, approximate="tanh"), "relu": torch.relu,
+            "nothing": lambda x: x,
+        }
+        target = self.theirs.values[self.at.path, "in"]
+        right = next((n for n, f in functions.items() if self._near(f(a) * b, target)), "")
+        for name, function in functions.items():
+            if self._near(function(b) * a, self._ours()):
+                return (
+                    f"The activation is applied to {second.rpartition('.')[2]} and not to "
+                    f"{first.rpartition('.')[2]}: the two are swapped."
+                )
+            if self._near(function(a) * b, self._ours()) and name != right:
+                return f"The activation is {name}, the original's is {right or 'another'} (config.hidden_act)."
+        return None
+
+    def _output(self) -> None:
+        path = self.at.path
+        ours, theirs = self._ours(), self.theirs.values[path, "out"][: len(self._ours())]
+        module, original = self._module(path), self._original(path)
+        weight, wanted = getattr(module, "weight", None), getattr(original, "weight", None)
+        if wanted is not None and wanted.dim() == 1:
+            self._norm(module, original, ours, theirs)
+        elif isinstance(original, nn.Embedding):
+            self._scaled("The embedding")
+            self.possible.append("The embedding's rows differ: was its weight loaded, and tied as the config says?")
+        elif wanted is not None:
+            self._bias(module, original, ours, theirs)
+            self._swapped(path, ours)
+            if (
+                weight is not None and weight.shape == wanted.shape
+                and not self._near(weight.detach().float().cpu(), wanted.detach().float().cpu())
+            ):
+                self.found.append(f"The weight itself differs from the checkpoint's: {path} was not loaded as it should be.")
+            self.possible.append("Its input agrees, its output does not: weight, bias, or the order inside a fused layer.")
+        else:
+            self._scaled(f"What {path} returns")
+            self._matches("What it returns is")
+            self.possible.append(
+                "All modules inside agree: what its forward does between them differs, a residual "
+                "added or left out, a multiplier, an order."
+            )
+
+    def _norm(self, module: Any, original: Any, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        eps = [
+            next((float(getattr(m, n)) for n in ("variance_epsilon", "eps") if hasattr(m, n)), None)
+            for m in (module, original)
+        ]
+        if None not in eps and eps[0] != eps[1]:
+            self.found.append(f"Its eps is {eps[0]:g}, the original's is {eps[1]:g}.")
+        weight = original.weight.detach().float().cpu()
+        if self._near(ours * weight, theirs):
+            self.found.append("The norm's weight is not applied.")
+        elif self._near(ours * (1 + weight) / weight, theirs):
+            self.found.append("The original multiplies by (1 + weight): use GemmaRMSNorm.")
+        elif self._near((ours - ours.mean(-1, keepdim=True)), theirs):
+            self.found.append("The original subtracts the mean: it is a LayerNorm.")
+        self._matches("What it returns is")
+        self.possible.append(
+            "A norm amplifies what comes before it: if its formula (mean, eps, 1 + weight) is the "
+            "original's, then its input is not: a residual left out or added twice, or two norms swapped."
+        )
+
+    def _bias(self, module: Any, original: Any, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        difference = theirs - ours
+        bias = getattr(original, "bias", None)
+        if bias is not None and self._near(difference, bias.detach().float().cpu().expand_as(difference)):
+            self.found.append("Exactly its bias is missing: build the layer with bias= as the config says.")
+        elif len(difference) > 1 and self._near(difference, difference[:1].expand_as(difference)):
+            self.found.append("The difference is the same for every token: a bias is wrong.")
+
+    def _swapped(self, path: str, ours: torch.Tensor) -> None:
+        parent, _, name = path.rpartition(".")
+        for members in self.packed.values():
+            if name in members:
+                for other in members:
+                    value = self.theirs.values.get((f"{parent}.{other}", "out"))
+                    if other != name and value is not None and self._near(ours, value):
+                        self.found.append(
+                            f"In the place of {name} stands {other}: the fused layer's parts are in another order."
+                        )
+
+    def _logits(self) -> None:
+        ours, theirs = self.ours.extra["logits"], self.theirs.extra["logits"]
+        ratio = float((ours * theirs).sum() / (ours * ours).sum())
+        if self._near(ours * ratio, theirs):
+            self.found.append(
+                f"The logits are the original's divided by {ratio:.6g}: a logit scale is left out "
+                "or applied twice (greedy tokens do not show it)."
+            )
+        cap = getattr(self.original.config, "final_logit_softcapping", None)
+        if cap and self._near(cap * torch.tanh(ours / cap), theirs):
+            self.found.append(f"The original caps its logits at {cap}: soft_cap= of LogitsProcessor.")
+        self.possible.append(
+            "The hidden states agree, compute_logits does not: head not tied as the config says, "
+            "its weight not loaded, a scale or a cap left out."
+        )
+
+    # ---- helpers --------------------------------------------------------------------------------
+
+    def _matches(self, what: str = "vLLM's value is") -> None:
+        """Say so if our tensor is, number by number, another one of the original's."""
+        ours = self._ours()
+        for (path, role), value in self.theirs.values.items():
+            if (path, role) != (self.at.path, self.at.role) and value.shape == ours.shape and self._near(ours, value):
+                word = {"in": "the input of ", "out": "the output of "}.get(role, f"{role} of ")
+                self.found.append(
+                    f"{what} exactly what the original has as {word}{path}: what should come between is left out, "
+                    "or the wrong variable is used."
+                )
+                return
+
+    def _scaled(self, what: str) -> None:
+        ours, theirs = self._ours(), self.theirs.values[self.at.path, self.at.role]
+        rows = min(len(ours), len(theirs))
+        ours, theirs = ours[:rows], theirs[:rows]
+        energy = float((ours * ours).sum())
+        ratio = float((ours * theirs).sum()) / energy if energy else 0.0
+        if ratio and abs(ratio - 1) > 1e-3 and self._near(ours * ratio, theirs):
+            hidden = getattr(self.original.config, "hidden_size", 0)
+            root = " (the root of hidden_size)" if hidden and abs(ratio - hidden**0.5) < 0.05 * ratio else ""
+            self.found.append(f"{what[0].upper()}{what[1:]} is {ratio:.6g} times as large in the original{root}.")
+
+    def _near(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        rows = min(len(a), len(b))
+        if a.shape[1:] != b.shape[1:] or not rows:
+            return False
+        scale = float(b[:rows].abs().max()) or 1.0
+        return bool((a[:rows] - b[:rows]).abs().max() <= NEAR * scale)
+
+    def _ours(self) -> torch.Tensor:
+        value = self._get(self.at.path, self.at.role)
+        return value if value is not None else torch.zeros(0, 0)
+
+    def _get(self, path: str, role: str) -> torch.Tensor | None:
+        return paired(self.ours, self.theirs, self.packed, path, role) if path else None
+
+    def _module(self, path: str) -> Any:
+        return dict(self.port.named_modules(remove_duplicate=False)).get(path)
+
+    def _original(self, path: str) -> Any:
+        return dict(self.original.named_modules(remove_duplicate=False)).get(path)
+
+    def _block(self) -> nn.Module | None:
+        return self._module(self.at.path)
+
+    def _rotary_module(self) -> RotaryEmbeddingBase | None:
+        for root in (self._block(), self.port):
+            for module in root.modules() if root is not None else ():
+                if isinstance(module, RotaryEmbeddingBase):
+                    return module
+        return None
+
+    def _attention_module(self) -> Attention | None:
+        block = self._block()
+        return next((m for m in block.modules() if isinstance(m, Attention)), None) if block else None
+
+    def _name_of(self, module: nn.Module) -> str:
+        block = self._block()
+        return next((n for n, m in block.named_children() if m is module), "") if block else ""
+
+    def _rotary_positions(self) -> list[int]:
+        return next(iter(self.ours.extra.get("rotary positions", {}).values()), [])
+
+    def _projection(self, role: str) -> str:
+        """Return the path of the original's projection (or norm) that made q or k."""
+        prefix = f"{self.at.path}."
+        names = [p for p, r in self.theirs.values if r == "out" and p.startswith(prefix)]
+        named = [p for p in names if p.removeprefix(prefix).startswith((f"{role}_", f"{role}."))]
+        return named[-1] if named else ""
+
+
+def _rotate(
+    states: torch.Tensor, positions: torch.Tensor, head_size: int, dim: int, base: float, style: bool
+) -> torch.Tensor:
+    """Apply vLLM's own rotary formula to [tokens, heads * head_size] with other settings."""
+    frequencies = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    angles = torch.outer(torch.arange(int(positions.max()) + 1, dtype=torch.float32), frequencies)
+    cache = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    rotated, _ = RotaryEmbedding.forward_static(
+        positions, states.clone(), None, head_size, dim, cache, style
+    )
+    return rotated

@@ -1,0 +1,104 @@
+"""Trace both sides, walk them, diagnose, and say it in plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from portkit.live.diagnose import Diagnosis
+from portkit.live.engine import Engine, Prompt
+from portkit.live.locate import place_of
+from portkit.live.trace import Captures, Divergence, Step, trace_original, trace_port, walk
+
+ROLES = {
+    "in": "the input of {path}", "out": "the output of {path}",
+    "q": "the queries that {path} gives to the attention (after rotary embedding)",
+    "k": "the keys that {path} gives to the attention (after rotary embedding)",
+    "v": "the values that {path} gives to the attention",
+    "attn": "what the attention in {path} returns (before the output projection)",
+}
+SHOWN = 12
+
+
+def first_divergence(
+    engine: Engine, original: nn.Module, prompts: Sequence[Prompt], which: int, max_tokens: int,
+    ids: Sequence[int],
+) -> dict[str, Any]:
+    """Return where vLLM and Transformers first differ on one request, as plain values.
+
+    `ids` are the tokens of prompt `which`; the tokens that vLLM then generates are given to both
+    sides. Keys: path, role, what, kind, numbers, position, causes, where, steps (the pairs walked).
+    """
+    ours, tokens = trace_port(engine, prompts, which, max_tokens)
+    fed = [*ids, *tokens[: max_tokens - 1]]
+    theirs = trace_original(original, fed)
+    tolerance = engine.profile.module.value
+    steps, found = walk(ours, theirs, engine.model, tolerance)
+    if found is None:
+        found = _head(engine, original, ours, theirs, tolerance)
+    if found is None:
+        return {"path": "", "what": "", "causes": [], "where": "", "steps": _table(steps)}
+    diagnosis = Diagnosis(found, ours, theirs, engine.model, original)
+    causes = diagnosis.run()
+    if diagnosis.call:
+        place = place_of(engine.model, f"{found.path}.{diagnosis.call}")
+    elif found.kind == "logits":
+        place = place_of(engine.model, "compute_logits")
+    else:
+        place = place_of(engine.model, found.path)
+    return {
+        "path": found.path,
+        "role": found.role,
+        "kind": found.kind,
+        "what": ROLES.get(found.role, "{path}").format(path=found.path),
+        "max_abs": found.max_abs,
+        "relative": found.relative,
+        "position": found.position,
+        "first_ok": found.first_ok,
+        "ours": list(found.ours),
+        "theirs": list(found.theirs),
+        "shape": list(found.shape_theirs),
+        "causes": list(causes),
+        "proven": len(diagnosis.found),
+        "where": str(place) if place else "",
+        "steps": _table(steps),
+    }
+
+
+def _head(
+    engine: Engine, original: nn.Module, ours: Captures, theirs: Captures, tolerance: float
+) -> Divergence | None:
+    """Give the port's compute_logits the original's last hidden states and compare the logits."""
+    hidden = theirs.values.get(("lm_head", "in"))
+    wanted = theirs.extra["logits"]
+    if hidden is None:
+        return None
+    parameter = next(engine.model.parameters())
+    with torch.inference_mode():
+        logits = engine.model.compute_logits(hidden.to(parameter.device, parameter.dtype))
+    logits = logits.float().cpu()
+    ours.extra["logits"] = logits
+    if logits.shape != wanted.shape:
+        return Divergence(
+            "lm_head", "out", "shape", float("inf"), float("inf"), 0, 0, (), (), tuple(logits.shape),
+            tuple(wanted.shape),
+        )
+    distance = (logits - wanted).abs()
+    scale = float(wanted.abs().max()) or 1.0
+    if float(distance.max()) <= tolerance * scale:
+        return None
+    position = int((distance.max(dim=1).values > tolerance * scale).nonzero()[0])
+    column = int(distance[position].argmax())
+    return Divergence(
+        "lm_head", "out", "logits", float(distance.max()), float(distance.max()) / scale, position,
+        position, tuple(float(v) for v in logits[position, column : column + 4]),
+        tuple(float(v) for v in wanted[position, column : column + 4]), tuple(logits.shape),
+        tuple(wanted.shape),
+    )
+
+
+def _table(steps: list[Step]) -> list[list[Any]]:
+    return [[s.path, s.role, list(s.shape), s.max_abs, s.relative, s.ok] for s in steps[-SHOWN:]]

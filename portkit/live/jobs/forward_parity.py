@@ -1,0 +1,277 @@
+"""Job: one engine start that gathers the evidence for all live checks of step `forward`.
+
+The port runs in vLLM's own model runner with a paged KV cache, float32, and is compared with
+Transformers on the same tokens: prefill, prefill in chunks, decode, ragged batches, positions far
+out, inputs_embeds. If something differs, the first diverging module is found in that situation.
+What to make of the evidence is the checks' business.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from portkit.live import engine as live_engine
+from portkit.live.engine import Engine, Generated, Prompt
+from portkit.live.failure import describe
+from portkit.live.job import JobRequest
+from portkit.live.parity import Comparison, compare, compare_decode
+from portkit.live.prompts import CELLS, Prompts, prompts_for, random_ids
+from portkit.live.reference import Reference
+from portkit.port import Port
+
+STAGES = ("prefill", "chunked", "decode", "ragged", "far", "embeds")
+DECODED = 8
+"""Tokens that the decode stage generates for each prompt."""
+
+
+def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return {"starts": ..., and for each of STAGES its evidence}; see `_Evidence`.
+
+    `request.args`: "loader", "portkit" (default) or "port"; "trace": False leaves the search for
+    the diverging module out.
+    """
+    port = Port(Path(request.port_root))
+    say("starting vLLM on the port")
+    with live_engine.start(port.root, loader=request.args.get("loader", "portkit")) as engine:
+        return _Evidence(engine, say, request.args.get("trace", True)).gather()
+
+
+class _Situation:
+    """How to run the failing prompt again, for the trace."""
+
+    def __init__(self, prompts: Sequence[Prompt], which: int, max_tokens: int, ids: Sequence[int],
+                 embeds: bool = False) -> None:
+        self.prompts = prompts
+        self.which = which
+        self.max_tokens = max_tokens
+        self.ids = ids
+        self.embeds = embeds
+
+
+class _Evidence:
+    def __init__(self, engine: Engine, say: Callable[[str], None], trace: bool) -> None:
+        self.engine = engine
+        self.say = say
+        self.trace = trace
+        self.root = str(engine.port.root)
+        self.limit = engine.profile.logprobs
+        self.longest = int(engine.llm.llm_engine.model_config.max_model_len)
+        self.prompts: Prompts = prompts_for(engine.port, engine.checkpoint, longest=self.longest)
+        self.reference = Reference(engine.port, engine.checkpoint, device=engine.profile.device)
+        self.vocab = engine.vocab_size
+
+    def gather(self) -> dict[str, Any]:
+        value: dict[str, Any] = {"starts": self._starts(), "tolerance": [self.limit.value, self.limit.reason]}
+        if value["starts"].get("error"):
+            return value
+        for stage in STAGES:
+            self.say(f"running: {stage}")
+            value[stage] = self._guarded(getattr(self, f"_{stage}"))
+        value["texts"] = self._texts(value)
+        return value
+
+    def _guarded(self, stage: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Run a stage; an exception in the port's code becomes {"error": {what, where, next, log}}."""
+        try:
+            return stage()
+        except Exception as error:
+            log = "".join(traceback.format_exception(error))[-6000:]
+            self.engine.recover()
+            return {"error": {**describe(error, self.root), "log": log}}
+
+    # ---- the stages -----------------------------------------------------------------------------
+
+    def _starts(self) -> dict[str, Any]:
+        engine = self.engine
+        config = engine.llm.llm_engine.vllm_config
+        report = getattr(engine.model, "portkit_load_report", None)
+        from vllm.model_executor.layers.attention import Attention
+
+        attentions = [(p, m) for p, m in engine.model.named_modules() if isinstance(m, Attention)]
+
+        def answer() -> dict[str, Any]:
+            generated = engine.generate([random_ids(self.vocab, 5, seed=5)], 2)[0]
+            return {"tokens": list(generated.tokens), "finite": bool((generated.logprobs == generated.logprobs).all())}
+
+        return {
+            "class": f"{type(engine.model).__module__}.{type(engine.model).__qualname__}",
+            "expected": f"{engine.port.module}.{engine.port.architecture}",
+            "runner": type(engine.runner).__name__,
+            "attention_layers": len(attentions),
+            "attention_backend": attentions[0][1].get_attn_backend().get_name() if attentions else "",
+            "block_size": config.cache_config.block_size,
+            "blocks": config.cache_config.num_gpu_blocks,
+            "max_model_len": self.longest,
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "load": report.to_dict() if report else {},
+            **self._guarded(answer),
+        }
+
+    def _prefill(self) -> dict[str, Any]:
+        cases = []
+        with self.engine.recorded_schedule() as steps:
+            for ids in self.prompts.short:
+                ours = self.engine.prompt_logprobs([ids])[0]
+                cases.append((self._compare(ids, ours, ids), _Situation([ids], 0, 1, ids)))
+        return self._judged(cases, steps)
+
+    def _chunked(self) -> dict[str, Any]:
+        ids = self.prompts.long
+        with self.engine.recorded_schedule() as steps:
+            ours = self.engine.prompt_logprobs([ids])[0]
+        chunks = [n for step in steps for n in step.values()]
+        found = self._judged([(self._compare(ids, ours, ids), _Situation([ids], 0, 1, ids))], steps)
+        return {**found, "chunks": chunks, "tokens": len(ids)}
+
+    def _decode(self) -> dict[str, Any]:
+        block = int(self.engine.llm.llm_engine.vllm_config.cache_config.block_size)
+        # Decoding from inside one block into the next, and from a block's very end.
+        prompts = [*self.prompts.short, random_ids(self.vocab, block - 3, seed=400), random_ids(self.vocab, block, seed=401)]
+        prompts = [p for p in prompts if len(p) + DECODED <= self.longest]
+        cases = []
+        with self.engine.recorded_schedule() as steps:
+            for ids in prompts:
+                tokens, rows = self.reference.greedy(ids, DECODED)
+                generated = self.engine.generate([ids], DECODED)[0]
+                found = compare_decode(
+                    f"after a prompt of {len(ids)} tokens", generated, tokens, rows, self.limit.value, start=len(ids) - 1
+                )
+                cases.append((found, _Situation([ids], 0, DECODED, ids)))
+        single = sum(1 for step in steps if list(step.values()) == [1])
+        return {**self._judged(cases, steps), "decode_steps": single, "block_size": block}
+
+    def _ragged(self) -> dict[str, Any]:
+        """Different lengths together, then a chunked prompt among decoding ones; each against alone."""
+        long = random_ids(self.vocab, min(120, self.longest - 16), seed=500)
+        batches: list[list[tuple[int, ...]]] = [
+            list(self.prompts.ragged), [self.prompts.ragged[0], long, *self.prompts.ragged[1:4]]
+        ]
+        cases = []
+        with self.engine.recorded_schedule() as steps:
+            for batch in batches:
+                together = self.engine.generate(batch, 4, prompt_logprobs=True)
+                for which, ids in enumerate(batch):
+                    alone = self.engine.generate([ids], 4, prompt_logprobs=True)[0]
+                    cases.append((
+                        self._together(ids, together[which], alone, which, len(batch)),
+                        _Situation(batch, which, 4, ids),
+                    ))
+        sizes = sorted({len(step) for step in steps}, reverse=True)
+        mixed = sum(1 for step in steps if 1 in step.values() and max(step.values()) > 1)
+        return {**self._judged(cases, steps), "requests_in_a_step": sizes[0] if sizes else 0, "mixed_steps": mixed}
+
+    def _together(
+        self, ids: Sequence[int], ours: Generated, alone: Generated, which: int, count: int
+    ) -> Comparison:
+        name = f"request {which + 1} of {count} ({len(ids)} tokens) against the same alone"
+        prompt = compare(name, ours.rows, alone.rows, self.engine.profile.itself.value)
+        if not prompt.ok:
+            return prompt
+        return compare_decode(
+            name + ", decoding", ours, alone.tokens, alone.logprobs, self.engine.profile.itself.value, start=len(ids) - 1,
+        )
+
+    def _far(self) -> dict[str, Any]:
+        ids = self.prompts.far
+        count = 4
+        whole = len(ids) * self.vocab <= CELLS
+        with self.engine.recorded_schedule() as steps:
+            generated = self.engine.generate([ids], count, prompt_logprobs=whole)[0]
+        situation = _Situation([ids], 0, count, ids)
+        tokens, rows = self.reference.greedy(ids, count)
+        cases = []
+        if whole:
+            cases.append((self._compare(ids, generated.rows, ids), situation))
+        cases.append((
+            compare_decode(
+                f"decoding at positions {len(ids) - 1} and on", generated, tokens, rows, self.limit.value,
+                start=len(ids) - 1,
+            ), situation,
+        ))
+        config = self.engine.checkpoint.config
+        return {
+            **self._judged(cases, steps), "reached": len(ids) + count - 1, "max_model_len": self.longest,
+            "max_position_embeddings": config.get("max_position_embeddings"),
+            "sliding_window": config.get("sliding_window"),
+        }
+
+    def _embeds(self) -> dict[str, Any]:
+        """Embeddings in place of ids: made by the port (any prompt), and handed in by the caller."""
+        seen: list[tuple[bool, bool]] = []
+
+        def watch(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            seen.append((ids is None, kwargs.get("inputs_embeds") is not None))
+
+        cases = []
+        handle = self.engine.model.register_forward_pre_hook(watch, with_kwargs=True)
+        try:
+            with self.engine.recorded_schedule() as steps, self.engine.embedding_inputs(True):
+                for ids in self.prompts.short[:3]:
+                    ours = self.engine.prompt_logprobs([ids])[0]
+                    cases.append((
+                        self._compare(ids, ours, ids, "embedded by embed_input_ids"),
+                        _Situation([ids], 0, 1, ids, embeds=True),
+                    ))
+                ids = self.prompts.short[0]
+                given = self.reference.embeddings(ids).to(torch.float32)
+                tokens, rows = self.reference.greedy(ids, 4)
+                generated = self.engine.generate([given], 4)[0]
+                cases.append((
+                    compare_decode(
+                        "embeddings of Transformers as the prompt", generated, tokens, rows, self.limit.value,
+                        start=len(ids) - 1,
+                    ), _Situation([given], 0, 4, ids, embeds=True),
+                ))
+        finally:
+            handle.remove()
+        used = sum(1 for without_ids, with_embeds in seen if without_ids and with_embeds)
+        return {**self._judged(cases, steps), "calls": len(seen), "calls_with_embeds": used}
+
+    # ---- comparing ------------------------------------------------------------------------------
+
+    def _compare(self, ids: Sequence[int], ours: Any, reference: Sequence[int], how: str = "") -> Comparison:
+        name = f"prompt of {len(ids)} tokens" + (f", {how}" if how else "")
+        return compare(name, ours, self.reference.logprobs(reference), self.limit.value)
+
+    def _judged(self, cases: list[tuple[Comparison, _Situation]], steps: list[dict[str, int]]) -> dict[str, Any]:
+        """Return the comparisons as plain values and, if one failed, where it first diverges."""
+        evidence: dict[str, Any] = {
+            "cases": [case.to_dict() for case, _ in cases],
+            "steps": len(steps),
+            "tokens_computed": sum(n for step in steps for n in step.values()),
+        }
+        failed = [(case, situation) for case, situation in cases if not case.ok]
+        if failed and self.trace:
+            from portkit.live.divergence import first_divergence
+
+            self.say("looking for the first diverging module")
+            # The shortest failing prompt gives the trace that is easiest to read.
+            case, situation = min(failed, key=lambda pair: (len(pair[1].prompts), pair[0].rows))
+            with self.engine.embedding_inputs(situation.embeds):
+                evidence["divergence"] = self._guarded(
+                    lambda: first_divergence(
+                        self.engine, self.reference.model, situation.prompts, situation.which,
+                        situation.max_tokens, situation.ids,
+                    )
+                )
+        return evidence
+
+    def _texts(self, value: dict[str, Any]) -> dict[str, str]:
+        """Return the texts of the token ids in the tables, if there is a tokenizer."""
+        path = self.engine.checkpoint.root / "tokenizer.json"
+        if not path.is_file():
+            return {}
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(path))
+        ids = {
+            token for stage in STAGES for case in value.get(stage, {}).get("cases", ())
+            if not case["ok"] for side in ("ours", "theirs") for token, _ in case[side]
+        }
+        return {str(i): tokenizer.decode([i], skip_special_tokens=False) for i in sorted(ids)}

@@ -1,0 +1,90 @@
+"""Find the line of the port's file where a module is made, and the one where it is called."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+WINDOW = 60
+
+
+@dataclass(frozen=True)
+class Place:
+    """Lines of the port's file; 0 where there is none."""
+
+    file: str
+    made: int
+    called: int
+    text: str
+    """The construction, or else the call, as it stands there."""
+
+    def __str__(self) -> str:
+        line = self.made or self.called
+        called = f" (called in line {self.called})" if self.made and self.called else ""
+        return f"{self.file}:{line}{called}: {self.text}" if line else self.file
+
+
+def place_of(model: nn.Module, path: str, *, call: str = "") -> Place | None:
+    """Return where the module at `path` is made and called, in the class that holds it.
+
+    If the port has no such attribute, the class that would hold it. `call`: another attribute of
+    that class, whose call is meant, e.g. "rotary_emb".
+    """
+    parts = path.split(".")
+    # An index belongs to the list that holds it: model.layers.0 is made where self.layers is.
+    while parts and parts[-1].isdigit():
+        parts.pop()
+    holder: nn.Module = model
+    depth = 0
+    for part in parts[:-1]:
+        child = getattr(holder, part, None)
+        if not isinstance(child, nn.Module):
+            break
+        holder, depth = child, depth + 1
+    names = [call] if call else [parts[-1] if depth == len(parts) - 1 else parts[depth]]
+    packed = getattr(model, "packed_modules_mapping", None) or {}
+    names += [fused for fused, members in packed.items() if names[0] in members]
+    return _in_class(type(holder), names)
+
+
+def _in_class(cls: type, names: list[str]) -> Place | None:
+    try:
+        lines, start = inspect.getsourcelines(cls)
+        file = Path(inspect.getsourcefile(cls) or "").name
+        tree = ast.parse(inspect.cleandoc("\n" + "".join(lines)) if lines[0][0] == " " else "".join(lines))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    made = called = 0
+    text = ""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            flat = [e for t in targets for e in (t.elts if isinstance(t, ast.Tuple) else [t])]
+            if not made and any(_is_self(t, names) for t in flat):
+                made = node.lineno
+                text = text or ast.unparse(node)
+        elif isinstance(node, ast.Call) and not called and _is_self(node.func, names):
+            called = node.lineno
+    if called and not made:
+        text = lines[called - 1].strip()
+    if not text:
+        return Place(file, start, 0, lines[0].strip())
+    short = " ".join(text.split())
+    shift = start - 1
+    return Place(
+        file, made and made + shift, called and called + shift,
+        short if len(short) <= WINDOW else short[: WINDOW - 2] + " …",
+    )
+
+
+def _is_self(node: ast.expr, names: list[str]) -> bool:
+    return (
+        isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+        and node.attr in names
+    )

@@ -1,0 +1,381 @@
+"""Find the first module whose output differs: both models run on the same tokens, side by side.
+
+vLLM's side is traced inside its runner, in the very situation that failed (chunks, decode, a
+batch); the rows of one request are put back into token order. Transformers' side is one plain
+forward. Modules are paired by path: the names of the original, through packed_modules_mapping for
+fused layers. Everything is cloned when it is seen, because vLLM's fused add-norm overwrites its
+inputs in place. One process, one rank.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+
+from portkit.live.engine import Engine, Prompt
+
+Key = tuple[str, str]
+"""Module path and role: "in" and "out" of a module; "q", "k", "v", "attn" of an attention block
+(after rotary embedding, before and after the attention itself)."""
+TRACED = "portkit_traced"
+
+
+@dataclass
+class Captures:
+    """What one side computed, in the order it was computed."""
+
+    values: dict[Key, torch.Tensor] = field(default_factory=dict)
+    """float32 [tokens, width] on the CPU."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Positions, scales and the like, for the diagnosis."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pair of captures."""
+
+    path: str
+    role: str
+    shape: tuple[int, ...]
+    max_abs: float
+    relative: float
+    """max_abs over the largest |value| of the reference."""
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where the two sides part."""
+
+    path: str
+    """Module path in the original, e.g. "model.layers.0.self_attn"."""
+    role: str
+    kind: str
+    """"value", "shape", "never called" or "logits"."""
+    max_abs: float
+    relative: float
+    position: int
+    """The first token position beyond the tolerance."""
+    first_ok: int
+    """Positions from the start that agree."""
+    ours: tuple[float, ...]
+    """A few of vLLM's values at the worst place of that position."""
+    theirs: tuple[float, ...]
+    shape_ours: tuple[int, ...]
+    shape_theirs: tuple[int, ...]
+
+
+# ---- Transformers' side ---------------------------------------------------------------------------
+
+
+def trace_original(model: nn.Module, ids: Sequence[int]) -> Captures:
+    """Run the Transformers model once on `ids` and capture every module's output."""
+    captures = Captures()
+    paths = {id(module): path for path, module in model.named_modules()}
+    with _hooked(model, captures), _traced_attention(model, captures, paths), torch.inference_mode():
+        tokens = torch.tensor([list(ids)], device=next(model.parameters()).device)
+        captures.extra["logits"] = model(input_ids=tokens, use_cache=False).logits[0].float().cpu()
+    return captures
+
+
+@contextmanager
+def _hooked(model: nn.Module, captures: Captures) -> Iterator[None]:
+    handles = []
+    for path, module in model.named_modules():
+        if not path:
+            continue
+
+        def after(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
+            _keep(captures, (path, "out"), output, batched=True)
+
+        def before(module: nn.Module, args: Any, path: str = path) -> None:
+            if args:
+                _keep(captures, (path, "in"), args[0], batched=True)
+
+        handles.append(module.register_forward_hook(after))
+        if _is_linear(module):
+            handles.append(module.register_forward_pre_hook(before))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _traced_attention(model: nn.Module, captures: Captures, paths: dict[int, str]) -> Iterator[None]:
+    """Have the model call an attention function that keeps q, k, v and the result.
+
+    It hands on to the model file's own eager attention. Models without Transformers' attention
+    interface ignore the setting; they are traced by their modules alone.
+    """
+    def traced(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        path = paths.get(id(module), "")
+        for role, tensor in (("q", query), ("k", key), ("v", value)):
+            captures.values[path, role] = _rows(tensor.transpose(1, 2), batched=True)
+        captures.extra[f"{path} attention"] = {
+            name: option for name, option in options.items()
+            if isinstance(option, int | float) or option is None
+        } | {"heads": query.shape[1], "kv_heads": key.shape[1]}
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        output = eager(module, query, key, value, mask, **options)
+        captures.values[path, "attn"] = _rows(output[0], batched=True)
+        return output
+
+    file = sys.modules[type(model).__module__]
+    if not hasattr(file, "eager_attention_forward"):
+        yield
+        return
+    ALL_ATTENTION_FUNCTIONS.register(TRACED, traced)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(TRACED, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation_internal = TRACED
+    try:
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation_internal = name
+
+
+# ---- vLLM's side ----------------------------------------------------------------------------------
+
+
+def trace_port(
+    engine: Engine, prompts: Sequence[Prompt], which: int, max_tokens: int
+) -> tuple[Captures, tuple[int, ...]]:
+    """Run prompts together in the engine and capture the rows of prompt `which`.
+
+    Returns the captures in token order, and that request's generated tokens. Their rows are the
+    prompt and all generated tokens but the last, which was never an input.
+    """
+    captures = Captures()
+    parts: dict[Key, list[torch.Tensor]] = {}
+    places = _Places(engine, which)
+    handles = [engine.model.register_forward_pre_hook(places.enter, with_kwargs=True)]
+    for path, module in _every_path(engine.model):
+        handles += _hook_port_module(path, module, parts, places)
+    try:
+        generated = engine.generate(prompts, max_tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    captures.values = {key: torch.cat(chunks) for key, chunks in parts.items() if chunks}
+    captures.extra["positions"] = torch.cat(places.positions).tolist() if places.positions else []
+    captures.extra["rotary positions"] = {
+        path: torch.cat(chunks).tolist() for path, chunks in places.rotary.items()
+    }
+    return captures, generated[which].tokens
+
+
+class _Places:
+    """Which rows of the runner's flat batch belong to the request that is traced."""
+
+    def __init__(self, engine: Engine, which: int) -> None:
+        self.engine = engine
+        self.which = which
+        self.begin = len(engine.schedule)
+        self.rows: slice | None = None
+        self.total = 0
+        self.calls: dict[int, int] = {}
+        """Module id -> calls in this forward: a rotary embedding is shared between layers."""
+        self.positions: list[torch.Tensor] = []
+        self.rotary: dict[str, list[torch.Tensor]] = {}
+
+    def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen = list(dict.fromkeys(name for step in self.engine.schedule[self.begin :] for name in step))
+        scheduled = self.engine.schedule[-1] if self.engine.schedule else {}
+        self.calls.clear()
+        self.rows = None
+        start = 0
+        for name in self.engine.runner.input_batch.req_ids:
+            count = scheduled.get(name, 0)
+            if count and self.which < len(seen) and name == seen[self.which]:
+                self.rows = slice(start, start + count)
+            start += count
+        self.total = start
+        positions = kwargs.get("positions", args[1] if len(args) > 1 else None)
+        if self.rows is not None and isinstance(positions, torch.Tensor) and positions.dim() == 1:
+            self.positions.append(positions[self.rows].clone().cpu())
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Return this request's rows of a flat tensor, [tokens, width]; None if it is not flat."""
+        if self.rows is None or tensor.dim() < 1 or tensor.shape[0] < self.total:
+            return None
+        return _rows(tensor[self.rows], batched=False)
+
+
+def _every_path(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return each module once, with its first path; shared ones find their turn by counting calls."""
+    return [(path, module) for path, module in model.named_modules() if path]
+
+
+def _hook_port_module(
+    path: str, module: nn.Module, parts: dict[Key, list[torch.Tensor]], places: _Places
+) -> list[Any]:
+    def keep(key: Key, tensor: Any) -> None:
+        if isinstance(tensor, torch.Tensor):
+            rows = places.take(tensor)
+            if rows is not None:
+                parts.setdefault(key, []).append(rows)
+
+    if isinstance(module, Attention):
+        block = path.rpartition(".")[0]
+
+        def attend(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            given = [*args, *(kwargs[n] for n in ("query", "key", "value") if n in kwargs)]
+            for role, tensor in zip("qkv", given, strict=False):
+                keep((block, role), tensor)
+            keep((block, "attn"), output)
+
+        return [module.register_forward_hook(attend, with_kwargs=True)]
+    if isinstance(module, RotaryEmbeddingBase):
+
+        def rotate(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            positions = kwargs.get("positions", args[0] if args else None)
+            turn = places.calls[id(module)] = places.calls.get(id(module), 0) + 1
+            rows = places.take(positions) if isinstance(positions, torch.Tensor) else None
+            if turn == 1 and rows is not None:
+                places.rotary.setdefault(path, []).append(rows[:, 0].to(torch.int64))
+
+        return [module.register_forward_pre_hook(rotate, with_kwargs=True)]
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        keep((path, "out"), _main_tensor(module, output))
+
+    def before(module: nn.Module, args: Any) -> None:
+        if args:
+            keep((path, "in"), args[0])
+
+    handles = [module.register_forward_hook(after)]
+    if _is_linear(module):
+        handles.append(module.register_forward_pre_hook(before))
+    return handles
+
+
+def _main_tensor(module: nn.Module, output: Any) -> Any:
+    """Return what a module computed: vLLM's linears add a bias to return, norms the residual."""
+    if not isinstance(output, tuple):
+        return output
+    tensors = [o for o in output if isinstance(o, torch.Tensor)]
+    if not tensors:
+        return None
+    has_children = any(True for _ in module.children())
+    if has_children and len(tensors) == 2 and tensors[0].shape == tensors[1].shape:
+        # A decoder layer that hands hidden states and residual on separately; HF adds them.
+        return tensors[0] + tensors[1]
+    return tensors[0]
+
+
+def _keep(captures: Captures, key: Key, output: Any, *, batched: bool) -> None:
+    if isinstance(output, tuple):
+        output = next((o for o in output if isinstance(o, torch.Tensor)), None)
+    if isinstance(output, torch.Tensor) and output.dim() >= 3 and key not in captures.values:
+        captures.values[key] = _rows(output, batched=batched)
+
+
+def _rows(tensor: torch.Tensor, *, batched: bool) -> torch.Tensor:
+    """Return a clone as float32 [tokens, width] on the CPU."""
+    tensor = tensor.detach()[0] if batched else tensor.detach()
+    return tensor.reshape(tensor.shape[0], -1).to("cpu", torch.float32, copy=True)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | LinearBase) or type(module).__name__ == "Conv1D"
+
+
+# ---- side by side ---------------------------------------------------------------------------------
+
+
+def walk(
+    ours: Captures, theirs: Captures, port: nn.Module, tolerance: float
+) -> tuple[list[Step], Divergence | None]:
+    """Compare in the original's order of computing; stop at the first that differs.
+
+    `tolerance` is relative to the largest value of the reference there.
+    """
+    packed = getattr(port, "packed_modules_mapping", None) or {}
+    modules = dict(port.named_modules(remove_duplicate=False))
+    steps: list[Step] = []
+    for (path, role), reference in theirs.values.items():
+        found = paired(ours, theirs, packed, path, role)
+        if found is None:
+            if role == "out" and _was_skipped(path, modules, ours, reference):
+                return steps, Divergence(
+                    path, role, "never called", float("inf"), float("inf"), 0, 0, (),
+                    _some(reference[0], 0), (), tuple(reference.shape),
+                )
+            continue
+        rows = min(len(found), len(reference))
+        if "AndMul" in type(modules.get(path)).__name__ and role == "out":
+            continue  # A fused activation returns the product; the next linear's input shows it.
+        if found.shape[1] != reference.shape[1] or not rows:
+            return steps, Divergence(
+                path, role, "shape", float("inf"), float("inf"), 0, 0, _some(found[0], 0),
+                _some(reference[0], 0), tuple(found.shape), tuple(reference.shape),
+            )
+        distance = torch.nan_to_num((found[:rows] - reference[:rows]).abs(), nan=float("inf"))
+        scale = float(reference[:rows].abs().max()) or 1.0
+        worst = float(distance.max())
+        ok = worst <= tolerance * scale
+        steps.append(Step(path, role, tuple(reference.shape), worst, worst / scale, ok))
+        if not ok:
+            beyond = (distance.max(dim=1).values > tolerance * scale).nonzero()
+            position = int(beyond[0])
+            column = int(distance[position].argmax())
+            return steps, Divergence(
+                path, role, "value", worst, worst / scale, position, position,
+                _some(found[position], column), _some(reference[position], column),
+                tuple(found.shape), tuple(reference.shape),
+            )
+    return steps, None
+
+
+def paired(
+    ours: Captures, theirs: Captures, packed: dict[str, list[str]], path: str, role: str
+) -> torch.Tensor | None:
+    """Return our capture for the original's (path, role), cut out of a fused layer if need be."""
+    if (path, role) in ours.values:
+        return ours.values[path, role]
+    parent, _, name = path.rpartition(".")
+    for fused, members in packed.items():
+        if name not in members:
+            continue
+        whole = ours.values.get((f"{parent}.{fused}", role))
+        if whole is None or role == "in":
+            return whole
+        parts = [theirs.values.get((f"{parent}.{member}", "out")) for member in members]
+        if any(part is None for part in parts):
+            return None
+        widths = [part.shape[1] for part in parts if part is not None]
+        start = sum(widths[: members.index(name)])
+        return whole[:, start : start + widths[members.index(name)]]
+    return None
+
+
+def _was_skipped(path: str, modules: dict[str, nn.Module], ours: Captures, reference: torch.Tensor) -> bool:
+    """Whether the port has this module, with weights, but never called it."""
+    module = modules.get(path)
+    if module is None or any(True for _ in module.children()):
+        return False
+    own = dict(module.named_parameters(recurse=False))
+    # A parallel head is not called: the LogitsProcessor uses its weight.
+    head = path == "lm_head" or "Head" in type(module).__name__
+    return bool(own) and not head and (path, "out") not in ours.values
+
+
+def _some(row: torch.Tensor, column: int, count: int = 4) -> tuple[float, ...]:
+    start = max(0, min(column, len(row) - count))
+    return tuple(float(v) for v in row[start : start + count])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from portkit.checks.runner import checks_of, pass_if_complete, run_checks
@@ -99,6 +100,17 @@ def steps_before(step_id: str) -> tuple[str, ...]:
             needed.add(current)
             pending.extend(step_of(current).requires)
     return tuple(s.id for s in steps() if s.id in needed)
+
+
+def to_catch_up(port: Port, step_id: str) -> tuple[str, ...]:
+    """Return the steps before this one whose draft would change files and was not applied yet."""
+    done = reached(port)
+    return tuple(i for i in steps_before(step_id) if i not in done and has_draft(i))
+
+
+def has_draft(step_id: str) -> bool:
+    """Whether a step changes files at all."""
+    return find_spec(f"portkit.steps.{step_id}.draft") is not None
 
 
 def reached(port: Port) -> tuple[str, ...]:

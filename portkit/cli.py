@@ -141,9 +141,9 @@ def doctor(as_json: JsonOption = False) -> None:
     from portkit.report.overview import doctor_report
     from portkit.steps.choose.doctor import examine
 
-    findings = examine()
-    _json(_rows(findings)) if as_json else _print(doctor_report(findings))
-    raise typer.Exit(0 if all(f.ok for f in findings) else FAILED)
+    found = doctor_report(examine())
+    _json(_rows(found.values)) if as_json else _print(found)
+    raise typer.Exit(0 if found.ok else FAILED)
 
 
 @app.command()

@@ -44,12 +44,12 @@ class Edge(TyperGroup):
 
 
 def _explain(error: PortkitError) -> None:
-    from portkit.report.live import console
+    from portkit.report.live import show
     from portkit.report.render import error_report
 
     if "--json" in sys.argv:
         typer.echo(json.dumps({"error": error.to_dict()}))
-    console(sys.stderr).print(error_report(error))
+    show(error_report(error), sys.stderr)
 
 
 def _log(text: str) -> Path:

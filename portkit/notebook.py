@@ -85,7 +85,7 @@ class Session:
     @_told
     def where(self) -> Report:
         """Show the port, the step and what should come first."""
-        missing = [i for i in autopilot.steps_before(self.step.id) if i not in self._reached()]
+        missing = autopilot.to_catch_up(self.port, self.step.id)
         port = self.port
         return overview.header_report(
             self.step, port.root, port.architecture, port.modeling, missing, autopilot_on()
@@ -94,7 +94,9 @@ class Session:
     @_told
     def doctor(self) -> Report:
         """Show what is installed and what the machine has, with a remedy where it falls short."""
-        return overview.doctor_report()
+        from portkit.steps.choose.doctor import examine
+
+        return overview.doctor_report(examine())
 
     @_told
     def look(self) -> Report:
@@ -119,7 +121,7 @@ class Session:
     def edit(self) -> Report:
         """Show the file to edit and its places; in autopilot apply the draft."""
         before = Report(())
-        if autopilot_on() and self.step.id not in self._reached():
+        if autopilot_on() and self.step.id not in autopilot.reached(self.port):
             outcome = apply_draft(self.port, self.step.id)
             before = render.outcome_report(outcome, self.port.root, applied=True)
             if outcome.status == "failed":
@@ -229,9 +231,7 @@ class Session:
     def catch_up(self) -> Report:
         """Start cold: apply the drafts of the steps before this one that were not done yet."""
         done = Report(())
-        for step_id in autopilot.steps_before(self.step.id):
-            if step_id in self._reached():
-                continue
+        for step_id in autopilot.to_catch_up(self.port, self.step.id):
             outcome = apply_draft(self.port, step_id)
             done += render.outcome_report(outcome, self.port.root, applied=True)
             if outcome.status == "failed":
@@ -265,9 +265,6 @@ class Session:
         return Panel(self)
 
     # ---- inside -----------------------------------------------------------------------------
-
-    def _reached(self) -> tuple[str, ...]:
-        return autopilot.reached(self.port)
 
     def _findings(self):
         from portkit.lint.engine import findings

@@ -29,7 +29,7 @@ EDGE = "1px solid rgba(128,128,128,.35)"
 MONO = "font-family:var(--jp-code-font-family,ui-monospace,Menlo,Consolas,monospace);font-size:.9em"
 PRE = (
     f"margin:.3em 0;padding:.4em .6em;border:{EDGE};border-radius:4px;overflow-x:auto;"
-    f"line-height:1.35;{MONO}"
+    f"line-height:1.35;white-space:pre;{MONO}"
 )
 
 
@@ -160,11 +160,10 @@ def _code(code: Code) -> str:
         wash = "background:rgba(210,153,34,.22);" if here else ""
         lines.append(f'<span style="display:block;{wash}">{gutter}{escape(line) or " "}</span>')
         if remarks.get(number):
-            width = len(line) - len(line.lstrip())
-            remark = f"{' ' * (8 + width)}^ {remarks[number]}"
-            lines.append(
-                f'<span style="display:block;color:{COLOURS["warning"]}">{escape(remark)}</span>'
-            )
+            left = 8 + len(line) - len(line.lstrip())
+            style = f"display:block;white-space:normal;padding-left:{left}ch"
+            remark = f'<span style="color:{COLOURS["warning"]}">^</span> {inline(remarks[number])}'
+            lines.append(f'<span style="{style}">{remark}</span>')
     return f'{_title(code.title)}<pre style="{PRE}">{"".join(lines)}</pre>'
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from portkit.report.blocks import Line, Report
+from portkit.report.text import to_text
 
 LOG_WIDTH = 120
 
@@ -30,7 +31,7 @@ def console(stream: TextIO | None = None) -> Console:
     """Return a console that wraps at the terminal's width, or late in a log."""
     stream = stream or sys.stdout
     width = None if stream.isatty() else LOG_WIDTH
-    return Console(file=stream, width=width, highlight=False, soft_wrap=False)
+    return Console(file=stream, width=width, highlight=False, force_jupyter=False)
 
 
 def show(report: Report, stream: TextIO | None = None) -> None:
@@ -40,7 +41,15 @@ def show(report: Report, stream: TextIO | None = None) -> None:
 
         display(report)
     else:
+        _print(report, stream or sys.stdout)
+
+
+def _print(report: Report, stream: TextIO) -> None:
+    """In a terminal with colour; in a log without colour and without padding at the line's end."""
+    if stream.isatty():
         console(stream).print(report)
+    else:
+        print(to_text(report.blocks, LOG_WIDTH), file=stream, flush=True)
 
 
 class Ongoing:
@@ -93,10 +102,8 @@ class Ongoing:
         elif self._progress is not None:
             self._progress.reset(self._task, description=f"{self.title}: {text}")
         else:
-            console(self.stream).print(
-                f"  … {text}  [{time.monotonic() - self.started:.0f} s]", markup=False
-            )
-            self.stream.flush()
+            seconds = time.monotonic() - self.started
+            print(f"  … {text}  [{seconds:.0f} s]", file=self.stream, flush=True)
 
     def add(self, report: Report) -> None:
         """Show a part of the result."""
@@ -108,8 +115,7 @@ class Ongoing:
         elif self._progress is not None:
             self._progress.console.print(report)
         else:
-            console(self.stream).print(report)
-            self.stream.flush()
+            _print(report, self.stream)
 
     @property
     def sayer(self) -> Callable[[str], None]:

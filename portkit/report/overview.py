@@ -214,9 +214,8 @@ def doctor_report(findings: Sequence[Any]) -> Report:
     """Return the doctor's findings, each with its remedy where it falls short."""
     blocks: list[Block] = []
     for finding in findings:
-        blocks.append(
-            Line(f"{finding.name}: {finding.value}", "passed" if finding.ok else "failed")
-        )
+        mark = "passed" if finding.ok else "failed" if finding.required else "warning"
+        blocks.append(Line(f"{finding.name}: {finding.value}", mark))
         if finding.remedy and not finding.ok:
             blocks.append(Line(finding.remedy, label="next", indent=1))
-    return Report(tuple(blocks), all(f.ok for f in findings), tuple(findings))
+    return Report(tuple(blocks), all(f.ok or not f.required for f in findings), tuple(findings))

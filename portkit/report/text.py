@@ -35,7 +35,12 @@ def to_text(blocks: Iterable[Block], width: int = TEXT_WIDTH) -> str:
     """Return the blocks as plain text without escape codes."""
     stream = io.StringIO()
     console = Console(
-        file=stream, width=width, no_color=True, force_terminal=False, legacy_windows=False
+        file=stream,
+        width=width,
+        no_color=True,
+        force_terminal=False,
+        force_jupyter=False,  # else rich displays it by itself, as a second output of the cell
+        legacy_windows=False,
     )
     console.print(to_rich(blocks))
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
@@ -128,18 +133,18 @@ def cell(value: object) -> str:
 
 def _code(code: Code) -> RenderableType:
     remarks = dict(code.marked)
-    text = Text(no_wrap=True, overflow="ellipsis")
-    if code.title:
-        text.append(f"{code.title}\n", style="bold")
+    lines: list[RenderableType] = [Text(code.title, style="bold")] if code.title else []
     for number, line in enumerate(code.text.splitlines(), code.first_line):
         here = number in remarks
+        text = Text(no_wrap=True, overflow="ellipsis")
         text.append(f"{'→' if here else ' '} {number:4d}  ", style="bold yellow" if here else "dim")
-        text.append(line + "\n")
+        text.append(line)
+        lines.append(text)
         if remarks.get(number):
-            width = len(line) - len(line.lstrip())
-            text.append(f"        {' ' * width}^ {remarks[number]}\n", style="yellow")
-    text.rstrip()
-    return text
+            left = 8 + len(line) - len(line.lstrip())
+            remark = Text(f"^ {remarks[number]}", style="yellow", overflow="fold")
+            lines.append(Padding(remark, (0, 0, 0, left), expand=False))
+    return Group(*lines)
 
 
 def _diff(diff: str, title: str) -> RenderableType:

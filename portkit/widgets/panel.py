@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from portkit.report.blocks import Line, Report
+from portkit.report.blocks import Fold, Line, Report
 from portkit.report.render import text_report
 
 if TYPE_CHECKING:
@@ -68,11 +68,8 @@ class Panel:
             )
             button.on_click(lambda pressed, label=label: self._pressed(label, output, buttons))
             buttons.append(button)
-        legend = ipywidgets.Accordion(children=[ipywidgets.HTML(self.as_report().html())])
-        legend.set_title(0, "the same as code")
-        legend.selected_index = None
         row = ipywidgets.HBox(buttons, layout=ipywidgets.Layout(flex_flow="row wrap"))
-        return ipywidgets.VBox([row, output, legend])
+        return ipywidgets.VBox([row, output])
 
     def _pressed(self, label: str, output: Any, buttons: list[Any]) -> None:
         from IPython.display import display
@@ -90,11 +87,14 @@ class Panel:
     def __repr__(self) -> str:
         return str(self.as_report())
 
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, Any]:
-        report = self.as_report()._repr_mimebundle_()
+    def _ipython_display_(self) -> None:
+        """Show the buttons, and below them what they stand for: that is left where none are drawn."""
+        from IPython.display import display
+
         try:
-            widget = self.widget()._repr_mimebundle_() or {}
+            display(self.widget())
         except ImportError:
-            return report
-        view = "application/vnd.jupyter.widget-view+json"
-        return {**report, view: widget[view]} if view in widget else report
+            display(self.as_report())
+        else:
+            lines = self.as_report().blocks
+            display(Report((Fold("what the buttons stand for", lines),)))

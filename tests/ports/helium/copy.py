@@ -332,7 +332,7 @@ class HeliumModel(HeliumPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-        def forward(
+    def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -401,7 +401,7 @@ class HeliumForCausalLM(HeliumPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
-        def forward(
+    def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,

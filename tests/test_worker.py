@@ -155,11 +155,18 @@ def live(root: Path) -> Iterator[Live]:
         yield live
 
 
-def call(live: Live, function: str, *, timeout: float = 60, progress: Any = None, **kwargs: Any) -> JobResult:
+def call(
+    live: Live, function: str, *, timeout: float = 60, progress: Any = None, **kwargs: Any
+) -> JobResult:
     limit = kwargs.pop("max_memory_mib", None)
     return live.run(
-        "call", timeout=timeout, progress=progress, max_memory_mib=limit,
-        module="code_of_port", function=function, kwargs=kwargs,
+        "call",
+        timeout=timeout,
+        progress=progress,
+        max_memory_mib=limit,
+        module="code_of_port",
+        function=function,
+        kwargs=kwargs,
     )
 
 
@@ -189,7 +196,9 @@ def test_the_kernel_side_imports_neither_torch_nor_vllm():
         "import sys, portkit.live.client\n"
         "print([m for m in ('torch', 'vllm', 'transformers', 'numpy', 'libcst') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, text=True, capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, text=True, capture_output=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -234,7 +243,9 @@ def test_live_for_gives_one_handle_for_a_port(root: Path):
 def test_the_developers_entry_prints_the_result(root: Path):
     done = subprocess.run(
         [sys.executable, "-m", "portkit.live.run", "echo", str(root), "x=1"],
-        cwd=REPO, text=True, capture_output=True,
+        cwd=REPO,
+        text=True,
+        capture_output=True,
     )
     assert done.returncode == 2 and "not a port" in done.stderr
 
@@ -254,7 +265,9 @@ def test_an_exception_names_the_line_of_the_port_and_its_cause(live: Live):
 def test_portkits_own_error_keeps_its_three_parts(live: Live):
     result = call(live, "portkit_error")
     assert (result.what, result.where, result.next) == (
-        "The shard is corrupt.", "model-00001.safetensors", "Copy it again.",
+        "The shard is corrupt.",
+        "model-00001.safetensors",
+        "Copy it again.",
     )
 
 
@@ -286,7 +299,11 @@ def test_leaving_by_os_exit_is_a_crash_there(live: Live):
 
 def test_waiting_for_a_keyboard_is_refused(live: Live):
     result = call(live, "reads")
-    assert result.status == "error" and result.what.startswith("EOFError") and "keyboard" in result.next
+    assert (
+        result.status == "error"
+        and result.what.startswith("EOFError")
+        and "keyboard" in result.next
+    )
 
 
 def test_an_answer_that_is_no_plain_value_is_an_error(live: Live):
@@ -303,7 +320,9 @@ def test_a_segmentation_fault_costs_the_job_only(live: Live):
 
 def test_a_sigkill_is_explained_by_memory_with_figures(live: Live):
     result = call(live, "killed")
-    assert result.status == "crashed" and "SIGKILL" in result.what and "out of memory" in result.what
+    assert (
+        result.status == "crashed" and "SIGKILL" in result.what and "out of memory" in result.what
+    )
     assert "MiB" in result.what
 
 
@@ -317,7 +336,7 @@ def test_a_hang_names_the_line_where_it_hung(live: Live, root: Path):
 def test_a_hang_of_a_forked_rank_names_the_line_too(live: Live):
     result = call(live, "loops_in_a_rank", timeout=0.5)
     assert result.status == "timeout"
-    assert "in loops" in result.log_tail
+    assert result.where.startswith(f"code_of_port.py:{line_of('time.sleep(0.01)')}, in loops:")
 
 
 def test_a_hoarder_is_stopped_at_its_limit(live: Live):
@@ -335,7 +354,9 @@ def test_a_flood_of_output_is_bounded(live: Live):
     assert result.log_tail.endswith("the last line")
     assert "left out" in Path(result.log).read_text()
     status = Path(f"/proc/{live._worker.pid}/status").read_text()
-    peak_kib = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    peak_kib = int(
+        next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]
+    )
     assert peak_kib < 100 * 1024
 
 
@@ -349,7 +370,9 @@ def test_a_jobs_whole_family_ends_with_it(live: Live, root: Path, ending: str):
         assert call(live, "family", timeout=1, file=str(file)).status == "timeout"
     else:
         results: list[JobResult] = []
-        thread = threading.Thread(target=lambda: results.append(call(live, "family", file=str(file))))
+        thread = threading.Thread(
+            target=lambda: results.append(call(live, "family", file=str(file)))
+        )
         thread.start()
         assert wait_for(lambda: pids_in(file))
         live.close()
@@ -396,7 +419,9 @@ else:
 @pytest.mark.parametrize("how", ["main", "thread", "forked", "forked later"])
 def test_nothing_outlives_a_killed_kernel(root: Path, how: str):
     file = root / "pids"
-    with subprocess.Popen([sys.executable, "-c", CLIENT, str(root), str(file), how], cwd=REPO) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", CLIENT, str(root), str(file), how], cwd=REPO
+    ) as process:
         try:
             assert wait_for(lambda: pids_in(file))
             pids = [*pids_in(file), *pids_in(Path(f"{file}.worker"))]
@@ -410,7 +435,9 @@ def test_a_killed_worker_is_a_crash_and_the_next_job_has_a_fresh_one(live: Live,
     file = root / "pids"
     live.device()
     before = live._worker.pid
-    killer = threading.Thread(target=lambda: (wait_for(lambda: pids_in(file)), os.kill(before, signal.SIGKILL)))
+    killer = threading.Thread(
+        target=lambda: (wait_for(lambda: pids_in(file)), os.kill(before, signal.SIGKILL))
+    )
     killer.start()
     result = call(live, "family", file=str(file))
     killer.join()
@@ -470,7 +497,9 @@ def test_a_job_from_the_callback_of_a_job_is_refused(live: Live):
         call(live, "add", a=1, b=1, progress=lambda text: call(live, "add", a=1, b=1))
 
 
-def test_jobs_of_one_port_take_turns_and_ports_do_not_wait(live: Live, root: Path, tmp_path_factory):
+def test_jobs_of_one_port_take_turns_and_ports_do_not_wait(
+    live: Live, root: Path, tmp_path_factory
+):
     other_root = tmp_path_factory.mktemp("other")
     (other_root / "code_of_port.py").write_text(PORT_CODE)
     spans: dict[str, list[Any]] = {"one": [], "other": []}
@@ -479,7 +508,10 @@ def test_jobs_of_one_port_take_turns_and_ports_do_not_wait(live: Live, root: Pat
         def run(name: str, handle: Live) -> None:
             spans[name].append(call(handle, "sleeps", seconds=0.6).value["returned"])
 
-        threads = [threading.Thread(target=run, args=a) for a in (("one", live), ("one", live), ("other", other))]
+        threads = [
+            threading.Thread(target=run, args=a)
+            for a in (("one", live), ("one", live), ("other", other))
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -509,14 +541,23 @@ def fake_distribution(folder: Path, version: str) -> Path:
     return folder
 
 
-def test_another_version_of_vllm_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_another_version_of_vllm_is_refused(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.syspath_prepend(str(fake_distribution(tmp_path / "site", "0.31.1")))
     with Live(root) as live:
         result = live.run("echo")
-    assert result.status == "error" and "0.31.1" in result.what and "0.32.0" in result.what and result.next
+    assert (
+        result.status == "error"
+        and "0.31.1" in result.what
+        and "0.32.0" in result.what
+        and result.next
+    )
 
 
-def test_a_local_build_of_the_right_version_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_local_build_of_the_right_version_is_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     from portkit.live.environment import require_vllm
 
     monkeypatch.syspath_prepend(str(fake_distribution(tmp_path / "site", "0.32.0+cu129")))
@@ -527,7 +568,9 @@ def test_a_missing_vllm_is_said_so(root: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "path", [p for p in sys.path if "site-packages" not in p])
     with Live(root) as live:
         result = live.run("echo")
-    assert result.status == "error" and "not installed" in result.what and "make setup" in result.next
+    assert (
+        result.status == "error" and "not installed" in result.what and "make setup" in result.next
+    )
 
 
 def test_the_worker_is_a_single_thread_before_it_forks(_worker_stays: Live):
@@ -536,7 +579,7 @@ def test_the_worker_is_a_single_thread_before_it_forks(_worker_stays: Live):
 
 # ---- with vLLM ------------------------------------------------------------------------------
 
-VLLM_CODE = textwrap.dedent('''
+VLLM_CODE = textwrap.dedent("""
     import json, os, sys
 
     import torch
@@ -583,7 +626,11 @@ VLLM_CODE = textwrap.dedent('''
         sampling = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, detokenize=False)
         out = llm.generate([{"prompt_token_ids": [1, 2, 3]}], sampling, use_tqdm=False)
         return [before, list(out[0].outputs[0].token_ids)]
-''')
+""")
+
+
+def segments() -> Iterator[Path]:
+    return (s for pattern in ("vllm_dist_*", "psm_*") for s in Path("/dev/shm").glob(pattern))
 
 
 @pytest.mark.vllm
@@ -592,6 +639,7 @@ def test_the_real_worker_starts_engines_and_survives_them(tmp_path_factory):
     (root / "code_of_port.py").write_text(VLLM_CODE)
     checkpoint = str(root / "checkpoint")
     said: list[str] = []
+    shared = set(segments())
     with Live(root) as live:
         assert call(live, "make", to=checkpoint, progress=said.append).ok
         assert "importing vllm" in said
@@ -603,11 +651,20 @@ def test_the_real_worker_starts_engines_and_survives_them(tmp_path_factory):
         assert one.ok, one.log_tail
         before, tokens = one.value["returned"]
         assert before == [1, False] and len(tokens) == 8
-        print(json.dumps({"start": worker.ready["seconds"], "job": one.seconds, "MiB": one.peak_memory_mib}))
+        print(
+            json.dumps(
+                {"start": worker.ready["seconds"], "job": one.seconds, "MiB": one.peak_memory_mib}
+            )
+        )
 
         broken = call(live, "generate", checkpoint=checkpoint, broken="raise")
-        assert broken.status == "error" and broken.what.startswith("ValueError: the gate and the up")
-        assert broken.where.startswith("code_of_port.py:") and "in forward: raise ValueError" in broken.where
+        assert broken.status == "error" and broken.what.startswith(
+            "ValueError: the gate and the up"
+        )
+        assert (
+            broken.where.startswith("code_of_port.py:")
+            and "in forward: raise ValueError" in broken.where
+        )
 
         if one.device == "cpu":
             two = call(live, "generate", checkpoint=checkpoint, ranks=2)
@@ -617,11 +674,13 @@ def test_the_real_worker_starts_engines_and_survives_them(tmp_path_factory):
 
             broken = call(live, "generate", checkpoint=checkpoint, ranks=2, broken="raise")
             assert broken.status == "error" and "in forward: raise ValueError" in broken.where
+            assert (
+                broken.what.startswith("ValueError: the gate and the up") and "rank" in broken.what
+            )
 
             hung = call(live, "generate", checkpoint=checkpoint, ranks=2, broken="hang", timeout=8)
             assert hung.status == "timeout" and "in forward" in hung.where
+            assert set(segments()) <= shared
         pid = worker.pid
         assert live._worker is worker and alive(pid)
     assert not alive(pid)
-    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    assert not [c for c in children if "VllmWorker" in Path(f"/proc/{c}/cmdline").read_text()]

@@ -32,7 +32,11 @@ DUMP_SIGNAL = signal.SIGUSR2
 
 
 def run_forked(
-    request: JobRequest, answer: socket.socket, stack_fd: int, scratch: Path, environment: dict[str, str]
+    request: JobRequest,
+    answer: socket.socket,
+    stack_fd: int,
+    scratch: Path,
+    environment: dict[str, str],
 ) -> NoReturn:
     """Run the job in this freshly forked process and exit. fds 0-2 are already redirected.
 
@@ -75,7 +79,8 @@ def _settle(request: JobRequest, stack_fd: int, scratch: Path) -> None:
     _bind_descendants()
     # What a job leaves in the temporary folder goes with it, except inductor's compile cache.
     os.environ.setdefault(
-        "TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
+        "TORCHINDUCTOR_CACHE_DIR",
+        os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}"),
     )
     os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
     if request.port_root:
@@ -115,7 +120,9 @@ def read_afresh(root: str) -> None:
         return importlib.machinery.FileFinder(path, (_Uncached, [".py"]))
 
     below = root.rstrip("/") + "/"
-    for name in [n for n, m in sys.modules.items() if str(vars(m).get("__file__") or "").startswith(below)]:
+    for name in [
+        n for n, m in sys.modules.items() if str(vars(m).get("__file__") or "").startswith(below)
+    ]:
         del sys.modules[name]
     for path in [p for p in sys.path_importer_cache if f"{p}/".startswith(below)]:
         del sys.path_importer_cache[path]

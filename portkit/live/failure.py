@@ -17,6 +17,7 @@ from portkit.errors import PortkitError
 LONGEST = 2000
 """Characters of an exception's message that are kept in `what`; the log has all of it."""
 
+_RANK_LINE = re.compile(r"\(Worker\S*_TP(?P<rank>\d+)[^)]*\) [A-Z]+ \S+ \S+ \[[^]]+\] (?P<text>.*)")
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+),? in (?P<name>[^\n]+)')
 
 
@@ -51,6 +52,25 @@ def frame_in_log(text: str, port_root: str, *, innermost_first: bool = False) ->
     return _place(match["file"], int(match["line"]), match["name"].strip(), port_root)
 
 
+def rank_failure(log: str, port_root: str) -> dict[str, str]:
+    """Return what and where of the exception that a tensor-parallel rank logged, if there is one.
+
+    vLLM's executor raises only "Worker failed with error ... see the stack trace above" in the
+    job's own process (v1/executor/multiproc_executor.py).
+    """
+    lines = [(m["rank"], m["text"]) for line in log.splitlines() if (m := _RANK_LINE.match(line))]
+    for number in range(len(lines) - 1, -1, -1):
+        rank, text = lines[number]
+        if not (frame := _FRAME.search(text)) or not _inside(frame["file"], port_root):
+            continue
+        ends = (t for r, t in lines[number + 1 :] if r == rank and t and not t.startswith(" "))
+        return {
+            "what": f"{next(ends, 'An exception')} (in rank {rank})",
+            "where": frame_in_log(text, port_root),
+        }
+    return {}
+
+
 def signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
@@ -72,7 +92,7 @@ def crash_words(exit_code: int, peak_mib: float, machine_mib: float) -> dict[str
     if name == "SIGKILL":
         return {
             "what": f"The job's process was killed (SIGKILL) at {peak_mib:,.0f} MiB, on a machine with "
-                    f"{machine_mib:,.0f} MiB: it probably ran out of memory.",
+            f"{machine_mib:,.0f} MiB: it probably ran out of memory.",
             "next": "Use a smaller checkpoint or a shorter sequence, or close other programs; then run it again.",
         }
     hints = {
@@ -86,7 +106,7 @@ def crash_words(exit_code: int, peak_mib: float, machine_mib: float) -> dict[str
     return {
         "what": f"The job's process crashed with {name}" + (f": {meaning}." if meaning else "."),
         "next": "Check the shapes, dtypes and indices of what the last line of the port passes on; "
-                "the log has the stack.",
+        "the log has the stack.",
     }
 
 
@@ -110,7 +130,9 @@ def _line(error: BaseException) -> str:
 def _where(error: BaseException, port_root: str) -> str:
     if isinstance(error, SyntaxError) and error.filename and _inside(error.filename, port_root):
         return _place(error.filename, error.lineno or 0, "", port_root)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if _inside(f.filename, port_root)]
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if _inside(f.filename, port_root)
+    ]
     if not frames:
         return ""
     return _place(frames[-1].filename, frames[-1].lineno or 0, frames[-1].name, port_root)
@@ -124,11 +146,21 @@ def _next(error: BaseException, where: str) -> str:
         return "Raise an exception with a message instead: leaving the process would take a server down."
     if isinstance(error, ImportError):
         return "Mend the import, or install what is missing into this environment."
-    if isinstance(error, MemoryError) or "allocate memory" in text or "OutOfMemory" in type(error).__name__:
+    if (
+        isinstance(error, MemoryError)
+        or "allocate memory" in text
+        or "OutOfMemory" in type(error).__name__
+    ):
         return "Use smaller sizes: look at the shape that is allocated there."
     if isinstance(error, EOFError) or type(error).__name__ == "BdbQuit":
-        return "Remove input() and breakpoint(): the worker has no keyboard. print() goes to the log."
-    return "Mend that line; the log has the whole traceback." if where else "The log has the whole traceback."
+        return (
+            "Remove input() and breakpoint(): the worker has no keyboard. print() goes to the log."
+        )
+    return (
+        "Mend that line; the log has the whole traceback."
+        if where
+        else "The log has the whole traceback."
+    )
 
 
 def _inside(file: str, port_root: str) -> bool:

@@ -20,7 +20,7 @@ from portkit.live.log import LogSink
 MEMORY_TICK = 0.1
 DUMP_SECONDS = 1.0
 """How long a job that ran out of time may take to write where it is."""
-LEAVE_SECONDS = 5.0
+LEAVE_SECONDS = 2.0
 """How long a job that has answered may take to end by itself."""
 HEARING_SECONDS = 30.0
 """How long the kernel may take to read what a job says; then it is taken for gone."""
@@ -32,8 +32,17 @@ class ForkedJob:
     """A job that runs. `look` is called often and returns True when all is over and told."""
 
     def __init__(
-        self, pid: int, request: JobRequest, kernel: socket.socket, answer: socket.socket, output: int,
-        stack: Path, scratch: Path, log: LogSink, selector: selectors.BaseSelector, limit_mib: float,
+        self,
+        pid: int,
+        request: JobRequest,
+        kernel: socket.socket,
+        answer: socket.socket,
+        output: int,
+        stack: Path,
+        scratch: Path,
+        log: LogSink,
+        selector: selectors.BaseSelector,
+        limit_mib: float,
     ) -> None:
         self.pid = pid
         self.request = request
@@ -46,6 +55,7 @@ class ForkedJob:
         self.selector = selector
         self.limit_mib = limit_mib
         self.started = time.monotonic()
+        self.started_at = time.time()
         self.inherited_mib = processes.resident_mib(os.getpid())
         self.peak_mib = 0.0
         self.cause = ""
@@ -53,6 +63,7 @@ class ForkedJob:
         self._lines = wire.Lines(answer)
         self._memory_seen = 0.0
         self._seen: set[int] = set()
+        self._segments: set[Path] = set()
         kernel.settimeout(HEARING_SECONDS)
         answer.setblocking(False)
         os.set_blocking(output, False)
@@ -62,7 +73,10 @@ class ForkedJob:
 
     @classmethod
     def start(
-        cls, kernel: socket.socket, selector: selectors.BaseSelector, device: tuple[str, str],
+        cls,
+        kernel: socket.socket,
+        selector: selectors.BaseSelector,
+        device: tuple[str, str],
         close_in_child: Callable[[], None],
     ) -> ForkedJob | None:
         """Read the order from the kernel's socket and fork; None if the kernel has left meanwhile."""
@@ -141,6 +155,10 @@ class ForkedJob:
             self._memory_seen = now
             below = processes.descendants(self.pid)
             self._seen.update(below)
+            if below:
+                self._segments |= processes.shared_segments(
+                    (self.pid, *below), self.started_at, self._segments
+                )
             memory = processes.memory_mib((self.pid, *below), self.inherited_mib)
             self.peak_mib = max(self.peak_mib, memory)
             if memory > self.limit_mib and not self.answered_at:
@@ -158,10 +176,14 @@ class ForkedJob:
         return True
 
     def _ask_for_stacks(self) -> None:
-        """Have every process of the job write its stack, and wait for that while it still grows."""
-        for process in (self.pid, *processes.descendants(self.pid)):
+        """Have every process of the job write its stack, and wait for that while it still grows.
+
+        Ranks first: when one of them hangs, the job's own process only waits for it.
+        """
+        for process in (*reversed(processes.descendants(self.pid)), self.pid):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(process, child.DUMP_SIGNAL)
+                time.sleep(0.05)
         end, size = time.monotonic() + DUMP_SECONDS, -1
         while time.monotonic() < end:
             time.sleep(0.1)
@@ -187,12 +209,20 @@ class ForkedJob:
         tail = self.log.finish()
         self.stack.unlink(missing_ok=True)
         shutil.rmtree(self.scratch, ignore_errors=True)
+        for segment in self._segments:
+            segment.unlink(missing_ok=True)
         for channel in (self.kernel, self.answer, self.output):
             self._forget(channel)
         self._tell(
-            "done", exit_code=exit_code, cause=self.cause, stack=stack[:100_000], log_tail=tail,
-            seconds=time.monotonic() - self.started, peak_mib=max(self.peak_mib, maxrss_mib),
-            limit_mib=self.limit_mib, machine_mib=processes.machine_mib(),
+            "done",
+            exit_code=exit_code,
+            cause=self.cause,
+            stack=stack[:100_000],
+            log_tail=tail,
+            seconds=time.monotonic() - self.started,
+            peak_mib=max(self.peak_mib, maxrss_mib),
+            limit_mib=self.limit_mib,
+            machine_mib=processes.machine_mib(),
         )
         self.kernel.close()
         self.answer.close()

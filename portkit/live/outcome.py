@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from portkit.live.failure import crash_words, frame_in_log, signal_name
+from portkit.live.failure import crash_words, frame_in_log, rank_failure, signal_name
 from portkit.live.job import JobRequest, JobResult, JobStatus
 from portkit.live.log import last_lines
 
@@ -17,37 +17,48 @@ def result_of(request: JobRequest, heard: dict[str, dict[str, Any]], log: Path) 
     """Compose the result of a job that the worker saw to its end."""
     done = heard["done"]
     common = {
-        "log_tail": done["log_tail"], "log": str(log), "seconds": done["seconds"], "peak_memory_mib": done["peak_mib"],
+        "log_tail": done["log_tail"],
+        "log": str(log),
+        "seconds": done["seconds"],
+        "peak_memory_mib": done["peak_mib"],
     }
     hung_at = frame_in_log(done["stack"], request.port_root, innermost_first=True)
     if "answer" in heard:
         return JobResult(request.job, "ok", heard["answer"]["value"], **common)
     if "error" in heard:
         words = {part: heard["error"].get(part, "") for part in ("what", "where", "next")}
-        words["where"] = words["where"] or frame_in_log(done["log_tail"], request.port_root)
+        if "Worker failed with error" in words["what"]:
+            words |= rank_failure(_text(log), request.port_root)
         return JobResult(request.job, "error", **words, **common)
     status, words = _unanswered(request, done, hung_at)
     return JobResult(request.job, status, where=hung_at, **words, **common)
 
 
-def _unanswered(request: JobRequest, done: dict[str, Any], hung_at: str) -> tuple[JobStatus, dict[str, str]]:
+def _unanswered(
+    request: JobRequest, done: dict[str, Any], hung_at: str
+) -> tuple[JobStatus, dict[str, str]]:
     if done["cause"] == "timeout":
         return "timeout", {
             "what": f"The job was still running after {request.timeout:g} s and was stopped"
-                    + (f"; it was at {hung_at}" if hung_at else "; it was not in the port's own code") + ".",
+            + (f"; it was at {hung_at}" if hung_at else "; it was not in the port's own code")
+            + ".",
             "next": "Look for a loop that does not end at that line; the log has every thread's stack."
-                    if hung_at else "The log has every thread's stack. A slow machine may need a longer timeout.",
+            if hung_at
+            else "The log has every thread's stack. A slow machine may need a longer timeout.",
         }
     if done["cause"] == "memory":
         return "crashed", {
             "what": f"The job was stopped at {done['peak_mib']:,.0f} MiB: its limit is {done['limit_mib']:,.0f} MiB, "
-                    f"of the machine's {done['machine_mib']:,.0f} MiB.",
+            f"of the machine's {done['machine_mib']:,.0f} MiB.",
             "next": "Look at the shapes of what the port allocates"
-                    + (" at that line" if hung_at else "")
-                    + "; use a smaller checkpoint or a shorter sequence.",
+            + (" at that line" if hung_at else "")
+            + "; use a smaller checkpoint or a shorter sequence.",
         }
     if done["cause"] == "interrupted":
-        return "interrupted", {"what": "The job was stopped before it had an answer.", "next": "Run it again."}
+        return "interrupted", {
+            "what": "The job was stopped before it had an answer.",
+            "next": "Run it again.",
+        }
     return "crashed", crash_words(done["exit_code"], done["peak_mib"], done["machine_mib"])
 
 
@@ -59,8 +70,17 @@ def worker_gone(request: JobRequest, log: Path, worker: Worker) -> JobResult:
     else:
         how = f"was ended by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
     return JobResult(
-        request.job, "crashed",
+        request.job,
+        "crashed",
         what=f"The worker process {how} while the job ran.",
         next="Run it again: a fresh worker starts by itself.",
-        log_tail=last_lines(log) or worker.log_tail(), log=str(log),
+        log_tail=last_lines(log) or worker.log_tail(),
+        log=str(log),
     )
+
+
+def _text(log: Path) -> str:
+    try:
+        return log.read_text(errors="replace")
+    except OSError:
+        return ""

@@ -40,7 +40,6 @@ CPU_MODULES = (
 )
 
 
-
 def warm() -> None:
     """Do once what every engine start would do again and that leaves nothing behind but its result."""
     from vllm.platforms import current_platform

@@ -75,6 +75,22 @@ def kill_tree(pid: int) -> None:
             os.kill(process, signal.SIGKILL)
 
 
+def shared_segments(pids: Iterable[int], since: float, known: set[Path]) -> set[Path]:
+    """Return the files in /dev/shm made after `since` (time.time()) that these processes map.
+
+    vLLM's ranks talk through such memory, hundreds of MiB of it; a killed rank leaves it behind,
+    and some stays even when they are shut down in good order.
+    """
+    new = set()
+    with contextlib.suppress(OSError):
+        new = {Path(e.path) for e in os.scandir("/dev/shm") if e.stat().st_ctime >= since} - known
+    mapped = ""
+    for pid in pids if new else ():
+        with contextlib.suppress(OSError):
+            mapped += Path(f"/proc/{pid}/maps").read_text()
+    return {segment for segment in new if str(segment) in mapped}
+
+
 def resident_mib(pid: int) -> float:
     """Return the resident memory of one process (its shared pages counted too), 0 if it is gone."""
     try:

@@ -33,14 +33,16 @@ def forked_ranks() -> Iterator[None]:
 
     if torch.cuda.is_initialized():
         raise PortkitError(
-            "Ranks cannot be forked: this process has initialised CUDA.", "portkit.live.ranks",
+            "Ranks cannot be forked: this process has initialised CUDA.",
+            "portkit.live.ranks",
             "Start the tensor-parallel engine in a job of its own, before anything touches the GPU.",
         )
     end_openmp_threads()
     native = thread_count() - threading.active_count()
     if native > 0:
         raise PortkitError(
-            f"Ranks cannot be forked: {native} native threads run in this process.", "portkit.live.ranks",
+            f"Ranks cannot be forked: {native} native threads run in this process.",
+            "portkit.live.ranks",
             "Start the tensor-parallel engine in a job of its own, or first thing in it.",
         )
     spawning = executor.get_mp_context

@@ -86,8 +86,12 @@ class Server:
         gc.collect()
         gc.freeze()  # A job's garbage collector leaves the shared pages unwritten, so they stay shared.
         self.tell(
-            "ready", pid=os.getpid(), threads=processes.thread_count(), device=self.device[0],
-            device_reason=self.device[1], seconds=time.monotonic() - started,
+            "ready",
+            pid=os.getpid(),
+            threads=processes.thread_count(),
+            device=self.device[0],
+            device_reason=self.device[1],
+            seconds=time.monotonic() - started,
             memory_mib=processes.resident_mib(os.getpid()),
         )
         return True
@@ -123,7 +127,9 @@ class Server:
         if not data:
             raise SystemExit(0)
         for fd in fds:
-            job = ForkedJob.start(socket.socket(fileno=fd), self.selector, self.device, self._close_in_child)
+            job = ForkedJob.start(
+                socket.socket(fileno=fd), self.selector, self.device, self._close_in_child
+            )
             if job is not None:
                 self.jobs[job.pid] = job
 

@@ -63,11 +63,23 @@ class Worker:
             # own imports.
             self._process = subprocess.Popen(
                 [
-                    sys.executable, "-P", "-m", "portkit.live.server", "--control", str(theirs.fileno()),
-                    "--parent", str(os.getpid()), "--preload", json.dumps(preload),
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "portkit.live.server",
+                    "--control",
+                    str(theirs.fileno()),
+                    "--parent",
+                    str(os.getpid()),
+                    "--preload",
+                    json.dumps(preload),
                 ],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=(theirs.fileno(),),
-                start_new_session=True, env=_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+                env=_environment(),
             )
 
     @property
@@ -82,7 +94,11 @@ class Worker:
             return None
 
     def usable(self) -> bool:
-        return self._owner == os.getpid() and self._watched == _watched() and self._process.poll() is None
+        return (
+            self._owner == os.getpid()
+            and self._watched == _watched()
+            and self._process.poll() is None
+        )
 
     def wait_until_ready(self, say: Callable[[str], None]) -> None:
         """Return when the worker has imported everything; PortkitError if it cannot."""
@@ -104,9 +120,11 @@ class Worker:
                         self._control.settimeout(None)
                         return
             self._fail(
-                "The worker ended while it imported vLLM." if self._lines.closed
+                "The worker ended while it imported vLLM."
+                if self._lines.closed
                 else f"The worker was not ready after {START_SECONDS:.0f} s.",
-                "portkit.live.server", "Run it again; if it fails again, `portkit doctor` looks for the reason.",
+                "portkit.live.server",
+                "Run it again; if it fails again, `portkit doctor` looks for the reason.",
             )
 
     def give(self, job: socket.socket) -> None:
@@ -191,7 +209,9 @@ def _environment() -> dict[str, str]:
     environment = worker_environment()
     # With -P the worker finds portkit where the kernel found it, installed or not.
     package = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, environment.get("PYTHONPATH"))))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (package, environment.get("PYTHONPATH")))
+    )
     return environment
 
 

@@ -71,7 +71,7 @@ class Rule(cst.BatchableCSTVisitor):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if not cls.__dict__.get("id"):
-            cls.id = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
+            cls.id = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
         room = re.search(r"portkit\.steps\.(\w+)\.rules\.", cls.__module__)
         if room:
             cls.step = room[1]

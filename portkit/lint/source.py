@@ -157,13 +157,16 @@ class Source:
 
     @cached_property
     def backbone(self) -> ClassFacts | None:
-        """The local `...Model` class that the top class is made of."""
+        """The local `...Model` class that the top class is made of: the one that embeds tokens."""
         if self.top is None:
             return None
-        for layer in self.top.layers:
-            if layer.name.endswith("Model") and layer.name in self.classes:
-                return self.classes[layer.name]
-        return self.classes.get(CAUSAL_LM_NAME.sub("Model", self.top.name))
+        built = [self.classes[layer.name] for layer in self.top.layers
+                 if layer.name.endswith("Model") and layer.name in self.classes]
+        for facts in built:
+            if any("Embedding" in layer.name for layer in facts.layers):
+                return facts
+        by_name = self.classes.get(CAUSAL_LM_NAME.sub("Model", self.top.name))
+        return by_name or (built[0] if len(built) == 1 else None)
 
     @cached_property
     def layers(self) -> list[tuple[ClassFacts, Layer]]:

@@ -16,7 +16,7 @@ class AddEmbedInputIds(Rule):
     """Add the method `embed_input_ids`.
 
     ## What it does
-    Reports a causal LM, or the model inside it, without `embed_input_ids(input_ids)`.
+    Reports a causal LM without `embed_input_ids(input_ids)`, and with it the model inside.
 
     ## Why vLLM wants it
     Prompts given as embeddings, speculative decoding and multi-modal wrappers embed tokens
@@ -81,7 +81,10 @@ class AddEmbedInputIds(Rule):
     ]
 
     def visit_Module(self, node: cst.Module) -> None:
-        for facts in (self.source.backbone, self.source.top):
+        top = self.source.top
+        if top is None or "embed_input_ids" in top.methods or self._inherits(top):
+            return
+        for facts in (self.source.backbone, top):
             if facts is None or "embed_input_ids" in facts.methods or self._inherits(facts):
                 continue
             body = self._body(facts)
@@ -96,6 +99,8 @@ class AddEmbedInputIds(Rule):
 
     def _inherits(self, facts: ClassFacts) -> bool:
         """True if the method may come from a base that vLLM brings (not Transformers)."""
+        if any("MultiModal" in base for base in facts.bases):
+            return True
         return facts.has_base_elsewhere and not any(
             base.startswith("transformers.") or base.endswith("PreTrainedModel") for base in facts.bases
         )

@@ -6,6 +6,7 @@ import libcst as cst
 
 from portkit.lint.finding import Invalid, Valid
 from portkit.lint.rule import Rule
+from portkit.lint.source import self_attribute
 
 OLD = frozenset({"kv_caches", "kv_cache", "attn_metadata", "input_metadata", "cache_events", "cache_event"})
 
@@ -14,7 +15,7 @@ class DropKvCacheArguments(Rule):
     """Pass no `kv_caches` and no `attn_metadata`.
 
     ## What it does
-    Reports these parameters of older vLLM models in a `forward`, and calls that pass them.
+    Reports these parameters of older vLLM models in a `forward`, and calls of layers that pass them.
 
     ## Why vLLM wants it
     Each `Attention` layer finds its cache and the batch's metadata in the forward context, by its
@@ -58,7 +59,11 @@ class DropKvCacheArguments(Rule):
         function = self.source.function_of(node)
         if function is None or function.name.value != "forward":
             return
-        if node.keyword is not None and node.keyword.value in OLD:
+        call = self.source.parents.get(node)
+        attribute = self_attribute(call.func) if isinstance(call, cst.Call) else ""
+        facts = self.source.class_of(node)
+        is_method = facts is not None and attribute in facts.methods
+        if node.keyword is not None and node.keyword.value in OLD and attribute and not is_method:
             self._say(node, node.keyword.value)
 
     def _say(self, node: cst.CSTNode, name: str) -> None:

@@ -7,7 +7,7 @@ import libcst as cst
 from portkit.lint.edits import with_keyword
 from portkit.lint.finding import Invalid, Valid
 from portkit.lint.rule import Rule
-from portkit.lint.source import keyword, parameters
+from portkit.lint.source import CAUSAL_LM_NAME, keyword, parameters
 
 
 class KeepPrefixesUnique(Rule):
@@ -39,6 +39,7 @@ class KeepPrefixesUnique(Rule):
     VALID = [
         Valid('class A(nn.Module):\n    def __init__(self, prefix):\n        self.attn = Attention(4, prefix=f"{prefix}.attn")\n'),
         Valid('class A(nn.Module):\n    def __init__(self, prefix):\n        self.m = M(prefix=maybe_prefix(prefix, "m"))\n'),
+        Valid('class TForCausalLM(nn.Module):\n    def __init__(self, prefix):\n        self.model = M(prefix="model")\n'),
         Valid(
             """
             class A(nn.Module):
@@ -46,7 +47,7 @@ class KeepPrefixesUnique(Rule):
                     if cls:
                         self.attn = One(prefix=f"{prefix}.attn")
                     else:
-                        self.attn = Two(prefix=f"{prefix}.attn")
+                        self.other = Two(prefix=f"{prefix}.attn")
             """
         ),
     ]
@@ -76,7 +77,7 @@ class KeepPrefixesUnique(Rule):
     ]
 
     def visit_Module(self, node: cst.Module) -> None:
-        seen: dict[tuple[str, str, str], str] = {}
+        seen: dict[tuple[cst.CSTNode | None, str], str] = {}
         for facts, layer in self.source.layers:
             given = keyword(layer.call, "prefix")
             if given is None:
@@ -84,6 +85,8 @@ class KeepPrefixesUnique(Rule):
             function = self.source.function_of(layer.call)
             text = self.source.code(given.value)
             if isinstance(given.value, cst.SimpleString):
+                if facts is self.source.top or CAUSAL_LM_NAME.search(facts.name):
+                    continue
                 if function is not None and "prefix" in parameters(function) and given.value.evaluated_value:
                     value = f'f"{{prefix}}.{layer.attribute}"'
                     self.report(
@@ -92,7 +95,10 @@ class KeepPrefixesUnique(Rule):
                         replacement=with_keyword(layer.call, "prefix", value),
                     )
                 continue
-            key = (facts.name, layer.method, text)
+            # Only layers of one block: the other branch of an `if` may well use the name again.
+            line = self.source.statement_of(layer.call)
+            block = self.source.parents.get(self.source.parents.get(line)) if line else None
+            key = (block, text)
             first = seen.setdefault(key, layer.attribute)
             if first != layer.attribute and "prefix" in text:
                 self.report(

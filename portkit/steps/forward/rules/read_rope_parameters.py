@@ -7,6 +7,7 @@ import libcst as cst
 from portkit.lint.finding import Invalid, Valid
 from portkit.lint.rule import Rule
 
+CONFIGS = ("config", "self.config", "hf_config", "text_config", "self.text_config")
 MOVED = frozenset({"rope_theta", "rope_scaling"})
 
 
@@ -17,9 +18,9 @@ class ReadRopeParameters(Rule):
     Reports `config.rope_theta`, `config.rope_scaling` and `getattr(config, "rope_theta", ...)`.
 
     ## Why vLLM wants it
-    Transformers 5 moved both into the dictionary `config.rope_parameters`, which vLLM passes on.
-    The old attribute is gone: reading it fails, and `getattr` with a default is worse, since it
-    answers 10000 for every model.
+    Transformers 5 moved both into the dictionary `config.rope_parameters`; vLLM fills it for older
+    configs too. The old attribute may be gone: reading it fails, and `getattr` with a default is
+    worse, since it answers 10000 for every model.
 
     ## Example
         rope_theta = getattr(config, "rope_theta", 10000)
@@ -56,7 +57,7 @@ class ReadRopeParameters(Rule):
                 self._say(node, f"{self.source.code(node)}")
 
     def _is_config(self, node: cst.CSTNode) -> bool:
-        return self.source.dotted(node).endswith("config")
+        return self.source.dotted(node) in CONFIGS
 
     def _say(self, node: cst.CSTNode, what: str) -> None:
         self.report(

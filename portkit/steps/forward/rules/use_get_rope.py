@@ -49,6 +49,7 @@ class UseGetRope(Rule):
                     return self.rotary_emb(positions, q, k)
             """
         ),
+        Valid("class A(nn.Module):\n    def forward(self, x):\n        return self.apply_rotary_emb(x)\n"),
         Valid("class ToyRotaryEmbedding(RotaryEmbedding):\n    pass\n"),
     ]
     INVALID = [
@@ -77,8 +78,9 @@ class UseGetRope(Rule):
 
     def visit_Call(self, node: cst.Call) -> None:
         facts = self.source.class_of(node)
-        name = self.source.dotted(node.func).rpartition(".")[2]
-        if facts is not None and HELPERS.match(name):
+        dotted = self.source.dotted(node.func)
+        name = dotted.rpartition(".")[2]
+        if facts is not None and HELPERS.match(name) and not dotted.startswith(("self.", "vllm.")):
             self.report(
                 node, f"`{name}` rotates by hand in `{facts.name}`: write `q, k = self.rotary_emb(positions, q, k)` "
                 "with a layer from get_rope.",

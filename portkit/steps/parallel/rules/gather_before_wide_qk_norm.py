@@ -79,6 +79,8 @@ class GatherBeforeWideQkNorm(Rule):
         for facts, layer in self.source.layers:
             if layer.attribute not in ("q_norm", "k_norm", "q_layernorm", "k_layernorm") or not layer.call.args:
                 continue
+            if layer.name not in ("RMSNorm", "LayerNorm", "GemmaRMSNorm"):
+                continue  # a class of its own may reduce over ranks by itself
             width = self.source.code(layer.call.args[0].value)
             if not re.search(r"heads\s*\*|\*\s*\S*heads", width) or "gather" in facts.text:
                 continue

@@ -14,8 +14,8 @@ class PassQuantConfig(Rule):
     """Pass `quant_config` to every linear layer.
 
     ## What it does
-    Reports vLLM linear layers (but routers named `gate` or `router`) built without
-    `quant_config`. To leave a layer unquantised on purpose, pass `quant_config=None`.
+    Reports vLLM linear layers built without `quant_config`, but for routers
+    (`gate`, `router`) and convolutions kept as linears (`conv1d`). To leave a layer unquantised on purpose, pass `quant_config=None`.
 
     ## Why vLLM wants it
     The layer asks it for its method of storing and multiplying weights. Without it the layer
@@ -90,7 +90,7 @@ class PassQuantConfig(Rule):
     def _lacks(self, layer: Layer) -> bool:
         if self.source.vllm_name(layer.call.func) not in LINEAR_CLASSES or unpacks(layer.call):
             return False
-        if layer.attribute in ("gate", "router") or layer.attribute.endswith("_gate"):
+        if layer.attribute in ("gate", "router") or layer.attribute.endswith(("_gate", "conv1d")):
             return False
         by_position = any("quant_config" in self.source.code(a.value) for a in layer.call.args)
         return keyword(layer.call, "quant_config") is None and not by_position

@@ -15,9 +15,9 @@ ROLES: tuple[tuple[str, str], ...] = (
      "QKVParallelLinear as `{fused}` (q, k and v in one; heads split over ranks)"),
     (r"^(gate_proj|up_proj|gate_up_proj|w1|w3|linear_1|linear_v)$",
      "MergedColumnParallelLinear as `{fused}` (gate and up in one, followed by SiluAndMul or its like)"),
-    (r"^(o_proj|out_proj|dense|down_proj|fc2|fc_out|c_proj|w2|wo|dense_4h_to_h|wo_proj|linear_2|proj)$",
+    (r"^(o_proj|out_proj|dense|down_proj|fc2|fc_out|c_proj|w2|wo|dense_4h_to_h|wo_proj|linear_2)$",
      "RowParallelLinear (input split over ranks, results all-reduced)"),
-    (r"^(fc1|fc_in|c_fc|dense_h_to_4h|wi|fc)$", "ColumnParallelLinear (output split over ranks)"),
+    (r"^(fc1|fc_in|c_fc|dense_h_to_4h|wi)$", "ColumnParallelLinear (output split over ranks)"),
     (r"^(gate|router|shared_expert_gate)$", "ReplicatedLinear (small and needed whole on each rank)"),
 )
 FUSED = {"Q": "qkv_proj", "M": "gate_up_proj"}

@@ -99,6 +99,9 @@ class MapToExistingLayers(Rule):
         if self.silent or not isinstance(node, cst.SimpleString):
             return
         written = str(node.evaluated_value)
-        last = written.strip(".").rpartition(".")[2]
+        parent, _, last = written.strip(".").rpartition(".")
+        built = {layer.attribute: layer.name for _, layer in self.source.layers}
+        if parent and built.get(parent.rpartition(".")[2]) not in self.source.classes:
+            return  # a layer of a class that this file does not show
         if last and last not in self.attributes:
             self.report(node, f"`{written}` is no layer of this file: no class has `self.{last}`.")

@@ -34,6 +34,8 @@ from portkit.port import Port
 
 Prompt = Sequence[int] | torch.Tensor
 """Token ids, or embeddings of shape [n, hidden size] in the engine's dtype."""
+SMALL = 256 << 20
+"""Bytes of weights below which one thread is fastest."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,10 @@ def start(
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     # The runner that takes inputs_embeds from any prompt; the newer one does not yet.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    if profile.device == "cpu" and sum(tensor.bytes for tensor in opened.tensors) < SMALL:
+        # Two threads wait longer for each other than a small product takes, above all on a busy
+        # machine; vLLM fixes the number when its worker starts.
+        torch.set_num_threads(1)
     if options["enforce_eager"]:
         # vLLM's sampler compiles small functions of its own: 12 s the first time, for nothing here.
         torch.compiler.set_stance("force_eager")

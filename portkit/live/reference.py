@@ -73,8 +73,12 @@ class Reference:
 
     def embeddings(self, ids: Sequence[int]) -> torch.Tensor:
         """Return float32 [n, hidden]: what `inputs_embeds` should be for these tokens, on the CPU."""
-        with torch.inference_mode():
-            return self.model.get_input_embeddings()(self._tensor(ids)).to("cpu")
+
+        def compute() -> dict[str, np.ndarray]:
+            with torch.inference_mode():
+                return {"rows": self.model.get_input_embeddings()(self._tensor(ids)).cpu().numpy()}
+
+        return torch.from_numpy(self._cached("embeddings", ids, compute)["rows"])
 
     def _rows(self, ids: Sequence[int]) -> np.ndarray:
         with torch.inference_mode():

@@ -177,7 +177,8 @@ def _without(body: list[edit.Statement], dead) -> list[edit.Statement]:
             orelse = node.orelse
             if isinstance(orelse, cst.Else):
                 other = _without(edit.body_of(orelse), dead)
-                orelse = edit.with_body(orelse, other) if other else None
+                if len(other) != len(edit.body_of(orelse)):
+                    orelse = edit.with_body(orelse, other) if other else None
             if not inner and orelse is None:
                 continue
             if len(inner) != len(edit.body_of(node)) or orelse is not node.orelse:

@@ -1,0 +1,46 @@
+"""Draft of step parallel: vLLM's layers in place of nn.Linear and nn.Embedding.
+
+From the forward state. Each class is ported on its own, so a class that the reader has already
+ported is left as it is.
+"""
+
+from __future__ import annotations
+
+import libcst as cst
+
+from portkit.analysis.facts import facts_of
+from portkit.draft import source_draft
+from portkit.draft.blocker import Blocker
+from portkit.draft.finish import finish
+from portkit.draft.outcome import DraftOutcome
+from portkit.draft.transforms.parallel_attention import add_norm_helper, port_attention
+from portkit.draft.transforms.parallel_mlp import port_mlp
+from portkit.draft.transforms.parallel_model import port_causal_lm, port_layer, port_model
+from portkit.draft.work import Work
+from portkit.port import Port
+
+
+def draft_source(source: str, architecture: str) -> Work:
+    """Draft the parallel state of a source in the forward state. Raises Blocker where it cannot."""
+    facts = facts_of(source, architecture)
+    work = Work(cst.parse_module(source), facts)
+    source_draft.need_roles(work)
+    if facts.state in ("parallel", "weights") and "nn.Linear" not in source:
+        return work
+    if facts.state == "copy":
+        raise Blocker(f"{facts.architecture} does not have vLLM's interface yet: do step forward first.",
+                      work.line_of(f"class {facts.architecture}"))
+    port_attention(work)
+    add_norm_helper(work)
+    for mlp in facts.mlp:
+        port_mlp(work, mlp)
+    port_layer(work)
+    port_model(work)
+    port_causal_lm(work)
+    work.module = cst.parse_module(finish(work))
+    return work
+
+
+def draft(port: Port) -> DraftOutcome:
+    """Draft the port's modeling file; nothing is written."""
+    return source_draft.draft_file(port, "parallel", draft_source)

@@ -1,0 +1,103 @@
+"""Draft of step weights: load_weights, from the fused linears that the file already has.
+
+`packed_modules_mapping` says which linears of the checkpoint each fused linear holds; the mapper
+says the same in vLLM's loading terms, with the shard that each part goes to.
+"""
+
+from __future__ import annotations
+
+import ast
+
+import libcst as cst
+
+from portkit.analysis.classes import call_name, view_module
+from portkit.analysis.facts import facts_of
+from portkit.draft import edit, source_draft
+from portkit.draft.blocker import Blocker
+from portkit.draft.finish import finish
+from portkit.draft.outcome import DraftOutcome
+from portkit.draft.work import Work, set_members, set_method
+from portkit.port import Port
+
+_LOAD = '''
+def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    loader = AutoWeightsLoader(self)
+    return loader.load_weights(weights{mapper})
+'''
+
+
+def draft_source(source: str, architecture: str) -> Work:
+    """Draft the weights state of a source in the parallel state. Raises Blocker where it cannot."""
+    facts = facts_of(source, architecture)
+    work = Work(cst.parse_module(source), facts)
+    source_draft.need_roles(work)
+    if facts.state == "weights":
+        return work
+    if facts.state != "parallel":
+        raise Blocker(f"{facts.architecture} still has its own linears: do step parallel first.",
+                      work.line_of(f"class {facts.architecture}"))
+    cls = work.cls(facts.causal_lm)
+    stacked = stacked_mapping(work)
+    mapper = ""
+    if stacked:
+        lines = "".join(f'        "{name}": ("{fused}", {shard!r}),\n'.replace("'", '"') for name, fused, shard in stacked)
+        made = edit.statement("hf_to_vllm_mapper = WeightsMapper(\n    orig_to_new_stacked={\n"
+                              "        # name in the checkpoint: (fused parameter, its shard)\n" + lines + "    }\n)")
+        members = edit.members(cls)
+        at = 1 if members and edit.is_docstring(members[0]) else 0
+        if "hf_to_vllm_mapper" not in edit.code(cls):
+            cls = set_members(cls, [*members[:at], made, *members[at:]])
+        mapper = ", mapper=self.hf_to_vllm_mapper"
+    cls = set_method(cls, edit.function(_LOAD.format(mapper=mapper)))
+    work.put(cls)
+    work.did.append(f"{facts.causal_lm}: load_weights by AutoWeightsLoader"
+                    + (f", {len(stacked)} names into fused linears." if stacked else "."))
+    if facts.head is not None and facts.head.can_tie:
+        work.did.append(f"A tied {facts.head.attr} needs nothing: the loader skips a parameter that aliases another.")
+    work.module = cst.parse_module(finish(work))
+    return work
+
+
+def stacked_mapping(work: Work) -> list[tuple[str, str, str | int]]:
+    """(name in the checkpoint, fused name, shard) for each part; empty if the checkpoint is fused itself."""
+    module = view_module(work.module.code)
+    packed = _packed(module.classes[work.facts.causal_lm].node)
+    made = {item.attr: call_name(item.value) for view in module.classes.values() for item in view.assigned}
+    names = set(made) | {part for parts in packed.values() for part in parts}
+    stacked: list[tuple[str, str, str | int]] = []
+    for fused, parts in packed.items():
+        kind = made.get(fused, "")
+        if parts == [fused]:
+            continue
+        if kind not in ("QKVParallelLinear", "MergedColumnParallelLinear"):
+            raise Blocker(f"packed_modules_mapping names {fused}, but no fused linear of that name is made.",
+                          work.line_of("packed_modules_mapping"))
+        shards: list[str | int] = list("qkv") if kind == "QKVParallelLinear" else list(range(len(parts)))
+        if len(shards) != len(parts):
+            raise Blocker(f"{fused} is a {kind} but holds {len(parts)} linears.", work.line_of("packed_modules_mapping"))
+        for part, shard in zip(parts, shards):
+            # The mapper replaces substrings: end at the dot if another name begins the same way.
+            dot = "." if any(n != part and n.startswith(part) for n in names) else ""
+            stacked.append((f".{part}{dot}", f".{fused}{dot}", shard))
+    fusing = {a for a, kind in made.items() if kind in ("QKVParallelLinear", "MergedColumnParallelLinear")}
+    missing = sorted(fusing - set(packed))
+    if missing:
+        raise Blocker(f"packed_modules_mapping does not say what {missing[0]} holds.", work.line_of(missing[0]),
+                      "Add it to the ForCausalLM class, then draft again.")
+    return stacked
+
+
+def _packed(node: ast.ClassDef) -> dict[str, list[str]]:
+    for item in node.body:
+        target = item.targets[0] if isinstance(item, ast.Assign) else getattr(item, "target", None)
+        if isinstance(target, ast.Name) and target.id == "packed_modules_mapping":
+            try:
+                return dict(ast.literal_eval(item.value))
+            except (ValueError, TypeError) as error:
+                raise Blocker("packed_modules_mapping is not a plain dictionary.", item.lineno) from error
+    return {}
+
+
+def draft(port: Port) -> DraftOutcome:
+    """Draft the port's modeling file; nothing is written."""
+    return source_draft.draft_file(port, "weights", draft_source)

@@ -251,8 +251,10 @@ class _Evidence:
             from portkit.live.divergence import first_divergence
 
             self.say("looking for the first diverging module")
-            # The shortest failing prompt gives the trace that is easiest to read.
-            case, situation = min(failed, key=lambda pair: (len(pair[1].prompts), pair[0].rows))
+            # Short enough to read, long enough that a cause that is tried cannot fit by chance.
+            case, situation = min(
+                failed, key=lambda pair: (len(pair[1].prompts), len(pair[1].ids) < 8, len(pair[1].ids))
+            )
             with self.engine.embedding_inputs(situation.embeds):
                 evidence["divergence"] = self._guarded(
                     lambda: first_divergence(

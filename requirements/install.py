@@ -104,9 +104,12 @@ def refuse_intruders(venv: Path) -> None:
 
 
 def torch_pin(lock: Path) -> str:
-    """Return the lock's torch, if it is a build that PyPI does not have (`+cpu`); else nothing."""
-    found = re.search(r"^torch==\S+\+\S+", lock.read_text(), re.M)
-    return found.group(0) if found else ""
+    """Return the lock's torch, `torch===version`; nothing if the lock has none.
+
+    Three equal signs: `torch==2.13.0` also takes a 2.13.0+cpu that the user's pip knows of.
+    """
+    found = re.search(r"^torch==(\S+)", lock.read_text(), re.M)
+    return f"torch==={found.group(1)}" if found else ""
 
 
 def create_venv(venv: Path, asked: str, env: dict, log: Path, say) -> None:
@@ -138,15 +141,17 @@ def install_locked(root: Path, venv: Path, device: Device, log: Path, say) -> No
     python, lock = venv / "bin/python", root / f"requirements/{device.name}.txt"
     other = ENGINES["gpu" if device.name == "cpu" else "cpu"]
     if has(venv, other):
-        say(f"taking out {other} and torch, which are for the other kind of machine")
-        pip_run.pip(python, ["uninstall", "-y", other, "torch"], log, say)
-    pin = torch_pin(lock)
-    if pin and not (site_packages(venv) / f"{pin.replace('==', '-')}.dist-info").exists():
-        say(f"installing {pin}")
-        pip_run.install_torch(python, pin, TORCH_CPU_INDEX, log, say)
+        say(f"taking out {other}, torch and triton, which are for the other kind of machine")
+        pip_run.pip(python, ["uninstall", "-y", other, "torch", "triton"], log, say)
+    torch = torch_pin(lock)
+    installed = site_packages(venv) / f"{torch.replace('===', '-')}.dist-info"
+    if "+" in torch and not installed.exists():
+        say(f"installing {torch}")
+        pip_run.install_torch(python, torch, TORCH_CPU_INDEX, log, say)
     count = sum(1 for line in lock.read_text().splitlines() if line[:1].isalpha())
     say(f"installing {lock.relative_to(root)} ({count} pins; log: {log.relative_to(root)})")
-    pip_run.pip(python, ["install", "--no-deps", "-r", str(lock)], log, say)
+    exactly = [torch] if torch else []
+    pip_run.pip(python, ["install", "--no-deps", "-r", str(lock), *exactly], log, say)
     say("installing portkit, editable")
     editable = ["install", "--no-deps", "--no-build-isolation", "-e", str(root)]
     pip_run.pip(python, editable, log, say)

@@ -342,10 +342,28 @@ def test_environment_yml_holds_the_locks_pins():
     assert "-r requirements/cpu.txt" in pip, "the lock itself, by reference"
     assert "-e ." in pip and f"--extra-index-url {install.TORCH_CPU_INDEX}" in pip
     own = [Requirement(line) for line in pip if not line.startswith("-")]
-    assert {requirement.name for requirement in own} == set(install.INTRUDERS)
+    assert {requirement.name for requirement in own} == {*install.INTRUDERS, "triton"}
+    for requirement in own:
+        assert re.fullmatch(r"==[\d.]+", str(requirement.specifier)), f"{requirement} is not pinned"
+    (triton,) = (requirement for requirement in own if requirement.name == "triton")
+    assert str(triton.specifier) in {
+        str(pin.specifier)
+        for pin in pins(LOCKS["gpu"])
+        if pin.name == "triton" and pin.marker.evaluate({"sys_platform": "linux"})
+    }
     assert not {re.split("[=<>]", str(item))[0] for item in spec["dependencies"]} & named(
         LOCKS["cpu"]
     ), "conda must not bring its own version of a locked package"
+
+
+def test_torch_is_asked_for_exactly():
+    """`torch==2.13.0` also matches 2.13.0+cpu, which then runs on a GPU machine's CPU."""
+    for name, build in (("cpu", "+cpu"), ("gpu", "")):
+        requirement = Requirement(install.torch_pin(LOCKS[name]))
+        (release,) = (pin for pin in requirement.specifier)
+        version = release.version.split("+")[0]
+        assert requirement.specifier.contains(f"{version}{build}")
+        assert not requirement.specifier.contains(f"{version}+cu130" if build else f"{version}+cpu")
 
 
 def test_companions_in_environment_yml_are_those_of_the_locked_torch():
@@ -360,7 +378,7 @@ def test_companions_in_environment_yml_are_those_of_the_locked_torch():
     spec = yaml.safe_load((ROOT / "environment.yml").read_text())
     (pip,) = (item["pip"] for item in spec["dependencies"] if isinstance(item, dict))
     ours = dict(line.split("==") for line in pip if line.startswith("torch"))
-    torch = install.torch_pin(LOCKS["cpu"]).removeprefix("torch==").removesuffix("+cpu")
+    torch = install.torch_pin(LOCKS["cpu"]).removeprefix("torch===").removesuffix("+cpu")
     assert {**ours, "torch": torch} == theirs
 
 

@@ -107,9 +107,19 @@ def causal_architectures() -> dict[str, str]:
     found: dict[str, str] = {}
     for model_type, names in tables()[CAUSAL].items():
         for name in names:
-            if not name.endswith("ForConditionalGeneration"):
-                found.setdefault(name, model_type)
+            # Where two types share a class, the one with a modeling file of its own counts.
+            if not name.endswith("ForConditionalGeneration") and (
+                name not in found or not _modeling_files(found[name])
+            ):
+                found[name] = model_type
     return found
+
+
+def _modeling_files(model_type: str) -> tuple[Path, ...]:
+    """Return the modeling files in the folder of a model type."""
+    special = tables().get("SPECIAL_MODEL_TYPE_TO_MODULE_NAME", {})
+    folder = special.get(model_type, (model_type.replace("-", "_"),))[0]
+    return tuple(sorted((transformers_folder() / "models" / folder).glob("modeling_*.py")))
 
 
 def find_architecture(query: str) -> Architecture:
@@ -178,16 +188,14 @@ def _architecture(name: str, model_type: str) -> Architecture:
 
 def _defining_file(name: str, model_type: str) -> Path:
     """Return the modeling file with `class NAME`, first where the model type says it should be."""
-    special = tables().get("SPECIAL_MODEL_TYPE_TO_MODULE_NAME", {})
-    folder = special.get(model_type, (model_type.replace("-", "_"),))[0]
     models = transformers_folder() / "models"
     pattern = re.compile(rf"^class {re.escape(name)}\b", re.MULTILINE)
-    likely = sorted((models / folder).glob("modeling_*.py"))
+    likely = _modeling_files(model_type)
     for path in (*likely, *sorted(models.glob("*/modeling_*.py"))):
         if pattern.search(path.read_text(encoding="utf-8")):
             return path
     raise PortkitError(
         f"Transformers names {name} but no modeling file defines it.",
-        str(models / folder),
+        str(models),
         "Its installation looks incomplete: reinstall it.",
     )

@@ -1,0 +1,173 @@
+"""Make a tiny checkpoint with random weights for an architecture that none is bundled for.
+
+A tiny model as Transformers initialises it is a bad oracle: unit norms, zero biases and flat
+attention hide most mistakes. This one is hardened: norm weights and biases are random, attention is
+sharp, KV heads are fewer than heads, head_dim is no quotient, eps and rope_theta are not the
+defaults, soft caps and windows are small. Sizes are set where the config has the field; a config
+that refuses some of them keeps its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig
+
+from portkit.errors import PortkitError
+from portkit.live.job import JobRequest
+
+SEED = 20
+MAX_PARAMETERS = 20_000_000
+
+SIZES: dict[str, int] = {
+    "vocab_size": 509,
+    "hidden_size": 128,
+    "n_embd": 128,
+    "d_model": 128,
+    "embed_dim": 128,
+    "intermediate_size": 192,
+    "ffn_dim": 192,
+    "n_inner": 192,
+    "ffn_hidden_size": 192,
+    "num_hidden_layers": 3,
+    "n_layer": 3,
+    "n_layers": 3,
+    "num_layers": 3,
+    "num_attention_heads": 4,
+    "n_head": 4,
+    "n_heads": 4,
+    "num_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "n_positions": 512,
+    "n_ctx": 512,
+    "max_seq_len": 512,
+    "rotary_dim": 16,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96,
+    "shared_expert_intermediate_size": 96,
+    "sliding_window": 24,
+}
+"""Field → value, where a config has the field (and does not leave it None)."""
+HARD: dict[str, Any] = {
+    "head_dim": 40,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-2,
+    "layer_norm_eps": 1e-2,
+    "layer_norm_epsilon": 1e-2,
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 3.0,
+    "attention_bias": True,
+    "mlp_bias": True,
+}
+"""Values that make mistakes show; dropped one by one if the class refuses them."""
+OPTIONAL = ("head_dim", "num_key_value_heads")
+"""Fields that are set even where the config's default is None."""
+NO_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+
+
+def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
+    """Write the checkpoint of `args["architecture"]` (`args["model_type"]`) to `args["out"]`."""
+    architecture = str(request.args["architecture"])
+    out = Path(str(request.args["out"]))
+    cls = getattr(transformers, architecture)
+    torch.manual_seed(SEED)
+    model, kept = _smallest_that_works(cls, str(request.args["model_type"]), say)
+    size = sum(p.numel() for p in model.parameters())
+    if size > MAX_PARAMETERS:
+        raise PortkitError(
+            f"{architecture} could not be made small: {size:,} parameters.",
+            "config of " + architecture,
+            "Give a small checkpoint of your own: `--checkpoint DIR`.",
+        )
+    _harden(model)
+    model.save_pretrained(out, max_shard_size=max(size * 4 // 3, 1))
+    config = json.loads((out / "config.json").read_text())
+    config["architectures"] = [architecture]
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return {"parameters": size, "set": kept}
+
+
+def _smallest_that_works(
+    cls: type, model_type: str, say: Callable[[str], None]
+) -> tuple[torch.nn.Module, list[str]]:
+    """Return a model that computes, with as many of the wished values as it takes."""
+    default = AutoConfig.for_model(model_type)
+    fields = {k: v for k, v in default.to_dict().items() if v is not None or k in OPTIONAL}
+    sizes = {k: v for k, v in SIZES.items() if isinstance(fields.get(k, ""), (int, type(None)))}
+    hard = {k: v for k, v in HARD.items() if k in fields}
+    rope = fields.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        hard["rope_parameters"] = {**rope, "rope_theta": 20000.0}
+    elif "rope_theta" in fields:
+        hard["rope_theta"] = 20000.0
+    problem: Exception | None = None
+    for dropped in _fewer(list(hard)):
+        values = {**sizes, **{k: v for k, v in hard.items() if k not in dropped}}
+        values |= _lists(default, fields, sizes.get("num_hidden_layers", 3))
+        for name in NO_TOKENS:
+            if isinstance(fields.get(name), int) and fields[name] >= SIZES["vocab_size"]:
+                values[name] = 1
+        try:
+            model = cls(AutoConfig.for_model(model_type, **values)).float().eval()
+            with torch.inference_mode():
+                logits = model(input_ids=torch.arange(4, 12)[None], use_cache=False).logits
+            if torch.isfinite(logits).all():
+                return model, sorted(values)
+            problem = ValueError("the logits are not finite")
+        except Exception as error:
+            problem = error
+            say(f"Trying with less: {type(error).__name__}")
+    raise PortkitError(
+        f"{cls.__name__} could not be made small: {problem}",
+        f"config of model type {model_type}",
+        "Give a small checkpoint of your own: `--checkpoint DIR`.",
+    )
+
+
+def _fewer(names: list[str]) -> Iterable[set[str]]:
+    """Yield which wishes to drop: none, each alone, then all."""
+    yield set()
+    for name in names:
+        yield {name}
+    yield set(names)
+
+
+def _lists(default: Any, fields: dict[str, Any], layers: int) -> dict[str, Any]:
+    """Cut lists with one entry per layer ("layer_types") to the new number of layers."""
+    count = getattr(default, "num_hidden_layers", None)
+    found = {}
+    for name, value in fields.items():
+        simple = isinstance(value, list) and all(isinstance(v, (str, int)) for v in value)
+        if simple and count and len(value) == count:
+            # The first layers as they are, but every kind of layer keeps a place.
+            missing = [v for v in dict.fromkeys(value) if v not in value[:layers]]
+            found[name] = [*value[: layers - len(missing)], *missing][:layers]
+    return found
+
+
+def _harden(model: torch.nn.Module) -> None:
+    """Give every parameter values that a mistake with it would show in the output."""
+    generator = torch.Generator().manual_seed(SEED)
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            noise = torch.randn(parameter.shape, generator=generator)
+            tail = name.rsplit(".", 2)[-2:]
+            if parameter.dim() <= 1 and tail[-1].endswith("bias"):
+                parameter.copy_(0.2 * noise)
+            elif parameter.dim() <= 1:
+                parameter.add_(0.3 * noise)
+            elif "embed" in name or "wte" in name or "wpe" in name:
+                parameter.copy_(noise)
+            else:
+                # Twice the usual spread: attention that is sharp, logits that are apart.
+                parameter.copy_(2.0 * noise / max(parameter.shape[-1], 1) ** 0.5)
+    model.tie_weights()

@@ -258,8 +258,9 @@ def _register_config(checkpoint: Checkpoint, port: Port) -> None:
     model_type = checkpoint.config.get("model_type", "")
     if model_type in CONFIG_MAPPING:
         return
+    package = port.package
     for name, module in list(sys.modules.items()):
-        if name == port.package or name.startswith(port.package + "."):
+        if name == package or name.startswith(package + "."):
             for value in list(vars(module).values()):
                 if (
                     isinstance(value, type)

@@ -21,7 +21,8 @@ def import_port(port: Port) -> ModuleType:
             "The port has no modeling file yet.", str(port.modeling.relative_to(port.root)),
             "Do the step `copy` first.",
         )
-    for name in [n for n in sys.modules if n == port.package or n.startswith(port.package + ".")]:
+    package = port.package  # read from port.toml each time; there are thousands of modules
+    for name in [n for n in sys.modules if n == package or n.startswith(package + ".")]:
         del sys.modules[name]
     root = str(port.root)
     if root in sys.path:

@@ -70,8 +70,9 @@ def _settle(request: JobRequest, stack_fd: int, scratch: Path) -> None:
     with contextlib.suppress(OSError):
         # If memory runs out, the job goes first, not the reader's kernel.
         Path("/proc/self/oom_score_adj").write_text("800")
-    # vLLM unfreezes and collects when an engine is shut down: over the worker's two million objects
-    # that takes a second. So what the worker froze stays frozen, and only the job's own is collected.
+    # vLLM unfreezes and collects when an engine is shut down: over the worker's two million
+    # objects that takes a second. What the worker froze stays frozen; only the job's own objects
+    # are collected.
     gc.freeze = gc.unfreeze = lambda: None
     faulthandler.enable(stack_fd, all_threads=True)
     faulthandler.register(DUMP_SIGNAL, stack_fd, all_threads=True)
@@ -104,7 +105,7 @@ def _answer(request: JobRequest, answer: socket.socket) -> dict[str, Any]:
 
 
 class _Uncached(importlib.machinery.SourceFileLoader):
-    """Compile from the source each time: a .pyc is trusted by its seconds and size, an edit is quicker."""
+    """Compile from the source each time: a .pyc goes by second and size; edits are quicker."""
 
     def get_code(self, fullname: str) -> Any:
         path = self.get_filename(fullname)
@@ -112,7 +113,7 @@ class _Uncached(importlib.machinery.SourceFileLoader):
 
 
 def read_afresh(root: str) -> None:
-    """Put the port's folder first on the import path, its modules always compiled from their text."""
+    """Put the port's folder first on the import path, its modules compiled from their text."""
 
     def hook(path: str) -> importlib.machinery.FileFinder:
         if not Path(path).is_relative_to(root):

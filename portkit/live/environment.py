@@ -107,7 +107,7 @@ def require_vllm() -> None:
     name, version = found
     if version.partition("+")[0] != VLLM_VERSION:
         raise PortkitError(
-            f"vLLM {version} is installed, but portkit's rules and checks are written for {VLLM_VERSION}.",
+            f"vLLM {version} is installed; portkit's rules and checks are for {VLLM_VERSION}.",
             f"the distribution {name!r}",
             remedy,
         )

@@ -85,15 +85,15 @@ def crash_words(exit_code: int, peak_mib: float, machine_mib: float) -> dict[str
     """
     if exit_code >= 0:
         return {
-            "what": f"The job's process ended itself with exit code {exit_code} before it had an answer.",
-            "next": "Look for os._exit (or a library that calls it) in the code that ran; raise an exception instead.",
+            "what": f"The job's process left with exit code {exit_code}, without an answer.",
+            "next": "Look for os._exit in the code that ran; raise an exception instead.",
         }
     name = signal_name(-exit_code)
     if name == "SIGKILL":
         return {
-            "what": f"The job's process was killed (SIGKILL) at {peak_mib:,.0f} MiB, on a machine with "
-            f"{machine_mib:,.0f} MiB: it probably ran out of memory.",
-            "next": "Use a smaller checkpoint or a shorter sequence, or close other programs; then run it again.",
+            "what": f"The job's process was killed (SIGKILL) at {peak_mib:,.0f} MiB, on a machine "
+            f"with {machine_mib:,.0f} MiB: it probably ran out of memory.",
+            "next": "Use a smaller checkpoint or shorter sequences, or close other programs.",
         }
     hints = {
         "SIGSEGV": "a kernel read outside a tensor's memory",
@@ -143,7 +143,7 @@ def _next(error: BaseException, where: str) -> str:
     if isinstance(error, SyntaxError):
         return "Mend that line: Python could not read the file, so none of it ran."
     if isinstance(error, SystemExit):
-        return "Raise an exception with a message instead: leaving the process would take a server down."
+        return "Raise an exception with a message instead: this would take a server down."
     if isinstance(error, ImportError):
         return "Mend the import, or install what is missing into this environment."
     if (

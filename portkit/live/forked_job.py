@@ -79,7 +79,7 @@ class ForkedJob:
         device: tuple[str, str],
         close_in_child: Callable[[], None],
     ) -> ForkedJob | None:
-        """Read the order from the kernel's socket and fork; None if the kernel has left meanwhile."""
+        """Read the order from the kernel's socket and fork; None if the kernel has left."""
         order = _read_order(kernel)
         if order is None:
             kernel.close()

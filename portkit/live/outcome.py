@@ -42,13 +42,14 @@ def _unanswered(
             "what": f"The job was still running after {request.timeout:g} s and was stopped"
             + (f"; it was at {hung_at}" if hung_at else "; it was not in the port's own code")
             + ".",
-            "next": "Look for a loop that does not end at that line; the log has every thread's stack."
+            "next": "Look for a loop that does not end; the log has every thread's stack."
             if hung_at
             else "The log has every thread's stack. A slow machine may need a longer timeout.",
         }
     if done["cause"] == "memory":
         return "crashed", {
-            "what": f"The job was stopped at {done['peak_mib']:,.0f} MiB: its limit is {done['limit_mib']:,.0f} MiB, "
+            "what": f"The job was stopped at {done['peak_mib']:,.0f} MiB: "
+            f"its limit is {done['limit_mib']:,.0f} MiB, "
             f"of the machine's {done['machine_mib']:,.0f} MiB.",
             "next": "Look at the shapes of what the port allocates"
             + (" at that line" if hung_at else "")

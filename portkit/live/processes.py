@@ -100,7 +100,7 @@ def resident_mib(pid: int) -> float:
 
 
 def memory_mib(pids: Iterable[int], inherited_mib: float) -> float:
-    """Return the memory of a job's processes; the worker's own pages, which each shares, count once."""
+    """Return the memory of a job's processes; the worker's pages, which all share, count once."""
     sizes = [resident_mib(process) for process in pids]
     return inherited_mib + sum(max(0.0, size - inherited_mib) for size in sizes if size)
 

@@ -35,7 +35,7 @@ def forked_ranks() -> Iterator[None]:
         raise PortkitError(
             "Ranks cannot be forked: this process has initialised CUDA.",
             "portkit.live.ranks",
-            "Start the tensor-parallel engine in a job of its own, before anything touches the GPU.",
+            "Start the tensor-parallel engine in a job of its own, before anything uses CUDA.",
         )
     end_openmp_threads()
     native = thread_count() - threading.active_count()
@@ -54,7 +54,7 @@ def forked_ranks() -> Iterator[None]:
 
 
 def end_openmp_threads() -> None:
-    """Give back the threads that torch's OpenMP keeps between operations; the next one starts new ones."""
+    """Give back the threads that OpenMP keeps between operations; the next one starts new ones."""
     maps = Path("/proc/self/maps").read_text()
     for library in sorted(set(re.findall(r"/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so\S*", maps))):
         pause = getattr(ctypes.CDLL(library), "omp_pause_resource_all", None)

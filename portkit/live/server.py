@@ -84,7 +84,7 @@ class Server:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
         gc.collect()
-        gc.freeze()  # A job's garbage collector leaves the shared pages unwritten, so they stay shared.
+        gc.freeze()  # A job's garbage collector leaves these pages alone, so they stay shared.
         self.tell(
             "ready",
             pid=os.getpid(),

@@ -167,6 +167,7 @@ class Worker:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(process, signal.SIGKILL)
             self._process.wait()
+        self._log.unlink(missing_ok=True)
 
     def log_tail(self) -> str:
         return last_lines(self._log)
@@ -177,13 +178,13 @@ class Worker:
         raise WorkerError(what, where, next, tail)
 
     def drop_in_fork(self) -> None:
-        """In a fork of the kernel: let go of the socket, so that the worker sees the kernel leave."""
+        """In a fork of the kernel: let go of the socket, so that the worker sees the kernel end."""
         with contextlib.suppress(OSError):
             self._control.close()
 
 
 def shared_worker(preload: tuple[str, ...] | None) -> Worker:
-    """Return this process's worker for these modules (None: everything that a job with vLLM needs)."""
+    """Return this process's worker for these modules (None: all that a job with vLLM needs)."""
     if preload is None:
         from portkit.live.preload import MODULES
 

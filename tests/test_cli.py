@@ -233,12 +233,11 @@ def test_help_names_every_verb():
         assert verb in output
 
 
-def test_importing_portkit_is_quick_and_loads_neither_torch_nor_vllm():
+def test_importing_portkit_is_light_and_loads_neither_torch_nor_vllm():
     code = (
-        "import sys, time; t = time.perf_counter(); import portkit, portkit.cli;"
-        "from portkit import begin;"
-        "print(time.perf_counter() - t);"
-        "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules), 'heavy imports'"
+        "import sys, time; import portkit, portkit.cli; from portkit import begin;"
+        "heavy = {'torch', 'vllm', 'transformers', 'libcst', 'IPython'} & set(sys.modules);"
+        "assert not heavy, heavy; print(time.process_time())"
     )
     times = []
     for _ in range(3):
@@ -247,4 +246,4 @@ def test_importing_portkit_is_quick_and_loads_neither_torch_nor_vllm():
         )
         assert done.returncode == 0, done.stderr
         times.append(float(done.stdout))
-    assert min(times) < 0.5
+    assert min(times) < 0.5, "seconds of CPU time, the interpreter's own start included"

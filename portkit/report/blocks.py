@@ -98,7 +98,7 @@ class Fold:
     mark: Mark = ""
     open: bool = False
     in_text: bool = True
-    """Whether the text form shows what is inside, or only the summary."""
+    """Whether it is in the text form at all."""
 
 
 Block = Heading | Line | Pairs | Code | Diff | Log | Link | Fold | Table

@@ -18,6 +18,8 @@ from portkit.report.blocks import Line, Report
 from portkit.report.text import to_text
 
 LOG_WIDTH = 120
+LOG_SECONDS = 1.0
+"""In a log, progress that follows sooner than this is left out."""
 
 
 def in_notebook() -> bool:
@@ -66,6 +68,7 @@ class Ongoing:
         self._quiet = quiet
         self._known: list[Report] = []
         self._doing = ""
+        self._said = -LOG_SECONDS
         self._handle = None
         self._progress: Progress | None = None
 
@@ -101,8 +104,9 @@ class Ongoing:
             self._handle.update(self._page())
         elif self._progress is not None:
             self._progress.reset(self._task, description=f"{self.title}: {text}")
-        else:
-            seconds = time.monotonic() - self.started
+        elif time.monotonic() - self._said >= LOG_SECONDS:
+            self._said = time.monotonic()
+            seconds = self._said - self.started
             print(f"  … {text}  [{seconds:.0f} s]", file=self.stream, flush=True)
 
     def add(self, report: Report) -> None:

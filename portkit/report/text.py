@@ -159,7 +159,7 @@ def _diff(diff: str, title: str) -> RenderableType:
 
 
 def _fold(fold: Fold) -> RenderableType:
-    head = Text(_marked(fold.mark, fold.summary), style=STYLES[fold.mark])
     if not fold.in_text:
-        return head
+        return Group()
+    head = Text(_marked(fold.mark, fold.summary), style=STYLES[fold.mark])
     return Group(head, Padding(to_rich(fold.blocks), (0, 0, 0, 2), expand=False))

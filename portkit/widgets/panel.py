@@ -88,7 +88,7 @@ class Panel:
         return str(self.as_report())
 
     def _ipython_display_(self) -> None:
-        """Show the buttons, and below them what they stand for: that is left where none are drawn."""
+        """Show the buttons and below them what they stand for, which is left without widgets."""
         from IPython.display import display
 
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import py_compile
 import signal
 import subprocess
 import sys
@@ -218,9 +219,11 @@ def test_each_job_reads_the_port_afresh(live: Live, root: Path):
     for number in (1, 2, 3):
         file.write_text(f"def value(say):\n    return {number}\n")
         os.utime(file, (stamp, stamp))
+        if number == 1:  # what pip, pytest or a server of the reader's leaves behind
+            py_compile.compile(str(file))
         result = live.run("call", module="fresh", function="value")
         assert result.value == {"returned": number}
-    assert not list(root.rglob("*.pyc"))
+    assert len(list(root.rglob("*.pyc"))) == 1
 
 
 def test_a_job_runs_in_the_port_with_a_temporary_folder_of_its_own(live: Live, root: Path):

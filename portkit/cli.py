@@ -243,7 +243,7 @@ def _check_step(port: Any, step: Any, only: list[str] | None, quiet: bool) -> li
     if not quiet:
         helpful = [h for v in verdicts if not v.ok and (h := hints.for_failure(v))]
         foot = overview.after_checks(step, verdicts, passed, helpful)
-        _print(Report((render.summary_line(verdicts), *foot)))
+        _print(Report((render.summary_line(verdicts, ongoing.seconds), *foot)))
     return verdicts
 
 

@@ -169,7 +169,7 @@ class Session:
         passed = pass_if_complete(self.port, self.step, verdicts)
         helpful = [hint for v in verdicts if not v.ok and (hint := hints.for_failure(v))]
         foot = overview.after_checks(self.step, verdicts, passed, helpful)
-        report = render.verdicts_report(verdicts, foot=foot)
+        report = render.verdicts_report(verdicts, foot, ongoing.seconds)
         if autopilot_on() and not report.ok:
             live.show(report)
             failed = [v for v in verdicts if not v.ok]

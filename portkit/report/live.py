@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from typing import TextIO
 
 from rich.console import Console
@@ -95,6 +94,11 @@ class Ongoing:
             last = Report((Line(f"{self.title}: {word}", "note", aside=f"{seconds:.1f} s"),))
             self._handle.update(self._page() if error[0] is not None else last)
 
+    @property
+    def seconds(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self.started
+
     def say(self, text: str) -> None:
         """Say what is being done now."""
         if self._quiet or text == self._doing:
@@ -120,10 +124,6 @@ class Ongoing:
             self._progress.console.print(report)
         else:
             _print(report, self.stream)
-
-    @property
-    def sayer(self) -> Callable[[str], None]:
-        return self.say
 
     def _page(self) -> Report:
         seconds = time.monotonic() - self.started

@@ -26,25 +26,25 @@ def count(number: int, noun: str) -> str:
 
 
 def verdicts_report(
-    verdicts: Sequence[Verdict], title: str = "", foot: Sequence[Block] = ()
+    verdicts: Sequence[Verdict], foot: Sequence[Block] = (), seconds: float = 0.0
 ) -> Report:
     """Return the verdicts in order, failures unfolded, and a line that sums them up."""
-    blocks: list[Block] = [Heading(title)] if title else []
-    for verdict in verdicts:
-        blocks.extend(verdict_blocks(verdict))
-    blocks.append(summary_line(verdicts))
+    blocks = [block for verdict in verdicts for block in verdict_blocks(verdict)]
+    blocks.append(summary_line(verdicts, seconds))
     ok = all(v.ok for v in verdicts)
     return Report((*blocks, *foot), ok, tuple(verdicts))
 
 
-def summary_line(verdicts: Sequence[Verdict]) -> Line:
-    """Return one line: how many passed, failed and were skipped, on what device."""
+def summary_line(verdicts: Sequence[Verdict], seconds: float = 0.0) -> Line:
+    """Return one line: how many passed, failed and were skipped, on what device, in how long.
+
+    The verdicts' own seconds do not add up to it: several may come from one run.
+    """
     if not verdicts:
         return Line("No checks ran.", "note")
     by_status = {s: sum(v.status == s for v in verdicts) for s in ("passed", "failed", "skipped")}
     text = ", ".join(f"{n} {status}" for status, n in by_status.items() if n)
     devices = sorted({v.device for v in verdicts if v.device})
-    seconds = sum(v.seconds for v in verdicts)
     mark = "failed" if by_status["failed"] else "passed" if by_status["passed"] else "skipped"
     aside = ", ".join(filter(None, [" and ".join(devices), f"{seconds:.1f} s" if seconds else ""]))
     return Line(f"{count(len(verdicts), 'check')}: {text}", mark, aside=aside)

@@ -27,9 +27,14 @@ STEPS = ("copy", "forward", "parallel", "weights")
 COPY = (GOLDENS / "copy.py").read_text()
 ORIGINAL = original_facts(COPY)
 HELIUM = PortContext(
-    architecture="HeliumForCausalLM", architectures=("HeliumForCausalLM",), package="vllm_helium",
-    module="vllm_helium.modeling_helium", source_package="transformers.models.helium",
-    rotary_layout=ORIGINAL.rotary_layout, original_linears=ORIGINAL.linears, original_ties=ORIGINAL.ties,
+    architecture="HeliumForCausalLM",
+    architectures=("HeliumForCausalLM",),
+    package="vllm_helium",
+    module="vllm_helium.modeling_helium",
+    source_package="transformers.models.helium",
+    rotary_layout=ORIGINAL.rotary_layout,
+    original_linears=ORIGINAL.linears,
+    original_ties=ORIGINAL.ties,
 )
 
 
@@ -39,7 +44,9 @@ def golden(step: str) -> str:
 
 def lint(text: str, *steps: str, context: PortContext = HELIUM) -> list[str]:
     rules = [r for step in steps for r in rules_of(step)]
-    return [f"{f.rule}:{f.line} {f.message}" for f in lint_source(text, "modeling.py", rules, context)]
+    return [
+        f"{f.rule}:{f.line} {f.message}" for f in lint_source(text, "modeling.py", rules, context)
+    ]
 
 
 def package_file(package: str, *parts: str) -> Path:
@@ -48,7 +55,7 @@ def package_file(package: str, *parts: str) -> Path:
     return Path(spec.submodule_search_locations[0]).joinpath(*parts)
 
 
-# ---- the goldens: each step's rules are satisfied by that step's file, and not by the one before --
+# ---- the goldens: each step's rules are satisfied by that step's file, and not by the one before
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -81,33 +88,79 @@ def test_fixing_the_transformers_file_leaves_nothing_for_copy():
     assert "auto_docstring" not in new and "from transformers.activations import ACT2FN" in new
 
 
-# ---- one edit on a correct port: the rule that must speak ------------------------------------------
+# ---- one edit on a correct port: the rule that must speak ---------------------------------------
 
 MUTANTS = [
     ("forward", "is_neox_style=False", "is_neox_style=True", "match-rotary-layout"),
-    ("forward", "            rope_parameters=config.rope_parameters,\n", "", "pass-rope-parameters"),
+    (
+        "forward",
+        "            rope_parameters=config.rope_parameters,\n",
+        "",
+        "pass-rope-parameters",
+    ),
     ("forward", '            prefix=f"{prefix}.attn",\n', "", "give-attention-a-prefix"),
     ("forward", 'prefix=f"{prefix}.attn"', 'prefix="attn"', "keep-prefixes-unique"),
-    ("forward", 'prefix=f"{prefix}.mlp"', 'prefix=f"{prefix}.feed_forward"', "match-prefix-to-attribute"),
-    ("forward", "return self.model(input_ids,", "return self.lm_head(input_ids,", "keep-logits-out-of-forward"),
+    (
+        "forward",
+        'prefix=f"{prefix}.mlp"',
+        'prefix=f"{prefix}.feed_forward"',
+        "match-prefix-to-attribute",
+    ),
+    (
+        "forward",
+        "return self.model(input_ids,",
+        "return self.lm_head(input_ids,",
+        "keep-logits-out-of-forward",
+    ),
     ("forward", "def compute_logits", "def sample", "add-compute-logits"),
     ("forward", "layers.attention import", "layers.attention.old import", "import-what-vllm-has"),
     ("parallel", "x, _ = self.down_proj(x)", "x = self.down_proj(x)", "unpack-linear-output"),
     ("parallel", "q, k, v = qkv.split", "q, v, k = qkv.split", "keep-qkv-order"),
-    ("parallel", "total_num_heads // tp_size\n        self.num_kv", "total_num_heads\n        self.num_kv", ""),
-    ("parallel", '        "qkv_proj": ["q_proj", "k_proj", "v_proj"],\n', "", "declare-packed-modules"),
+    (
+        "parallel",
+        "total_num_heads // tp_size\n        self.num_kv",
+        "total_num_heads\n        self.num_kv",
+        "",
+    ),
+    (
+        "parallel",
+        '        "qkv_proj": ["q_proj", "k_proj", "v_proj"],\n',
+        "",
+        "declare-packed-modules",
+    ),
     ("parallel", "@support_torch_compile\n", "", "compile-the-model"),
     ("parallel", '            prefix=f"{prefix}.o_proj",\n', "", "give-linears-a-prefix"),
-    ("weights", '".k_proj": (".qkv_proj", "k")', '".k_proj": (".qkv_proj", "v")', "keep-shard-order"),
-    ("weights", '".gate_proj": (".gate_up_proj", 0)', '".gate_proj": (".gate_up_proj", 1)', "keep-shard-order"),
-    ("weights", "        return loader.load_weights(", "        loader.load_weights(", "return-loaded-names"),
+    (
+        "weights",
+        '".k_proj": (".qkv_proj", "k")',
+        '".k_proj": (".qkv_proj", "v")',
+        "keep-shard-order",
+    ),
+    (
+        "weights",
+        '".gate_proj": (".gate_up_proj", 0)',
+        '".gate_proj": (".gate_up_proj", 1)',
+        "keep-shard-order",
+    ),
+    (
+        "weights",
+        "        return loader.load_weights(",
+        "        loader.load_weights(",
+        "return-loaded-names",
+    ),
     ("weights", '(".qkv_proj", "q")', '(".qkv", "q")', "map-to-existing-layers"),
-    ("weights", "if config.tie_word_embeddings:\n                self.lm_head", "if True:\n                self.lm_head",
-     "tie-the-lm-head"),
+    (
+        "weights",
+        "if config.tie_word_embeddings:\n                self.lm_head",
+        "if True:\n                self.lm_head",
+        "tie-the-lm-head",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("step", "old", "new", "expected"), MUTANTS, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("step", "old", "new", "expected"), MUTANTS, ids=lambda value: str(value)[:30]
+)
 def test_one_wrong_edit_is_named(step, old, new, expected):
     text = golden(step)
     assert old in text, "the edit must apply"
@@ -118,7 +171,7 @@ def test_one_wrong_edit_is_named(step, old, new, expected):
         assert not [line for line in found if line.startswith("use-")]
 
 
-# ---- vLLM's own models: no false alarm ----------------------------------------------------------------
+# ---- vLLM's own models: no false alarm ----------------------------------------------------------
 
 # GPT-J fuses q, k and v without saying so: true, though without effect as it takes no LoRA.
 KNOWN = {"gpt_j": ["declare-packed-modules"]}
@@ -133,17 +186,20 @@ def test_vllm_own_model_has_no_false_alarm(name):
     assert [line.partition(":")[0] for line in found] == KNOWN.get(name, []), found
 
 
-# ---- Transformers' causal LMs: no crash, and nothing changes by itself -------------------------------
+# ---- Transformers' causal LMs: no crash, and nothing changes by itself --------------------------
 
 
 def causal_lm_files() -> list[Path]:
     """Modeling files of the classes in Transformers' causal LM mapping, found without importing."""
     models = package_file("transformers", "models")
     auto = (models / "auto" / "modeling_auto.py").read_text()
-    table = auto.partition("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = OrderedDict(")[2].partition("\n)\n")[0]
+    table = auto.partition("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = OrderedDict(")[2].partition(
+        "\n)\n"
+    )[0]
     names = set(re.findall(r'"(\w+)"\)', table))
     return sorted(
-        path for path in models.glob("*/modeling_*.py")
+        path
+        for path in models.glob("*/modeling_*.py")
         if names & set(re.findall(r"^class (\w+)", path.read_text(), re.M))
     )
 
@@ -163,13 +219,16 @@ def test_transformers_files_lint_without_crashing(path):
     context = PortContext(rotary_layout=original_facts(text).rotary_layout)
     found = lint_source(text, path.name, rules, context)
     assert found and not [f for f in found if f.crashed]
+    assert cst.parse_module(text).code == text
     nothing = [r for r in rules if r.id == "match-rotary-layout"]
-    assert fix_source(text, nothing, context) == (text, []), "a fix without findings changes no byte"
+    assert fix_source(text, nothing, context) == (text, []), (
+        "a fix without findings changes no byte"
+    )
     new, _ = fix_source(text, rules_of("copy"), context)
     compile(new, path.name, "exec", dont_inherit=True)
 
 
-# ---- the engine itself ---------------------------------------------------------------------------------
+# ---- the engine itself --------------------------------------------------------------------------
 
 
 class CrashEverywhere(Rule):
@@ -190,8 +249,13 @@ class RenameForEver(Rule):
 
 
 def test_a_crashing_rule_is_named_and_the_others_run():
-    found = lint_source("import torch\nf()\n", "a.py", [CrashEverywhere, rule("keep-licence-header")])
-    assert [(f.rule, f.crashed) for f in found] == [("crash-everywhere", True), ("keep-licence-header", False)]
+    found = lint_source(
+        "import torch\nf()\n", "a.py", [CrashEverywhere, rule("keep-licence-header")]
+    )
+    assert [(f.rule, f.crashed) for f in found] == [
+        ("crash-everywhere", True),
+        ("keep-licence-header", False),
+    ]
     assert "KeyError" in found[0].message and "boom" in found[0].message
 
 
@@ -217,7 +281,10 @@ def test_a_file_that_does_not_parse_is_one_clear_error(text, line, column, word)
     assert "^" in error.value.where and word in error.value.what and error.value.next
 
 
-LINEAR = "class A(nn.Module):\n    def __init__(self):\n{above}        self.q_proj = nn.Linear(4, 4){beside}\n"
+LINEAR = (
+    "class A(nn.Module):\n    def __init__(self):\n{above}        self.q_proj = nn.Linear(4, "
+    "4){beside}\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -252,25 +319,23 @@ def test_unknown_rule_offers_the_closest():
         rule("use-paralel-linear")
 
 
-def test_findings_of_a_long_file_take_less_than_half_a_second():
-    text = package_file("vllm", "model_executor", "models", "llama.py").read_text()
-    text += COPY.partition("class HeliumRMSNorm")[2].replace("Helium", "Other").join(["\nclass OtherRMSNorm", ""])
+def test_findings_after_an_edit_cost_less_than_half_a_second():
+    """Processor time, so that a busy machine does not fail it (0.16 s measured)."""
+    text = package_file("transformers", "models", "helium", "modeling_helium.py").read_text()
     rules = [r for r in all_rules() if r.target == "modeling"]
-    lint_source(text, "a.py", rules)
-    best = min(_seconds(lambda: lint_source(text, "a.py", rules)) for _ in range(3))
-    assert len(text.splitlines()) > 900
-    assert best < 1.0, f"{best:.2f} s; the budget is 0.5 s for 400 lines, this file has twice that"
-
-
-def _seconds(work) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    spent = []
+    for edit in ("", "# one\n", "# two\n", "# three\n"):
+        start = time.process_time()
+        assert lint_source(text + edit, "a.py", rules, HELIUM)
+        spent.append(time.process_time() - start)
+    assert len(text.splitlines()) > 400
+    assert min(spent) < 0.5, spent
 
 
 def test_lint_imports_neither_torch_nor_vllm():
     code = (
-        "import sys; from portkit.lint.registry import all_rules; from portkit.lint.engine import lint_source;"
+        "import sys; from portkit.lint.registry import all_rules; from "
+        "portkit.lint.engine import lint_source;"
         "lint_source('from vllm.config import VllmConfig\\nimport torch\\n', 'a.py', all_rules());"
         "print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
     )
@@ -278,7 +343,7 @@ def test_lint_imports_neither_torch_nor_vllm():
     assert done.stdout.strip() == "[]", done.stderr
 
 
-# ---- on a port ------------------------------------------------------------------------------------------
+# ---- on a port ----------------------------------------------------------------------------------
 
 PORT_TOML = """\
 [port]
@@ -300,7 +365,7 @@ vllm_helium = "vllm_helium:register"
 
 @pytest.fixture
 def port(tmp_path):
-    """A port folder as it is after step copy, with the text of Transformers' file as first commit."""
+    """A port folder as it is after step copy; the first commit holds the copied code."""
     root = tmp_path / "helium"
     package = root / "vllm_helium"
     package.mkdir(parents=True)
@@ -329,7 +394,7 @@ def test_findings_show_one_step_only(port):
 def test_findings_without_a_step_are_those_due(port):
     from portkit.curriculum import step
 
-    assert {r.step for r in due_rules(port)} == set() | {r.step for r in rules_of("choose")}
+    assert due_rules(port) == rules_of("choose")
     port.pass_step(step("choose"))
     port.pass_step(step("copy"))
     assert {r.step for r in due_rules(port)} == {"copy", "forward"}
@@ -347,7 +412,9 @@ def test_rotary_layout_comes_from_the_first_commit(port):
 
 
 def test_fix_is_one_commit_and_can_be_undone(port):
-    edited = port.source + "\n\nclass HeliumForTokenClassification(HeliumPreTrainedModel):\n    pass\n"
+    edited = (
+        port.source + "\n\nclass HeliumForTokenClassification(HeliumPreTrainedModel):\n    pass\n"
+    )
     port.modeling.write_text(edited)
     done = fix(port, "drop-unreachable-code")
     assert [f.rule for f in done] == ["drop-unreachable-code"]
@@ -361,9 +428,12 @@ def test_the_plugin_and_pyproject_are_read_too(port):
     assert [f.rule for f in findings(port, "out_of_tree")] == ["define-register"]
     port.init_file.write_text(
         "import torch\n\n\ndef register():\n    from vllm import ModelRegistry\n\n"
-        '    ModelRegistry.register_model("HeliumForCausalLm", "vllm_helium.modeling_helium:HeliumForCausalLM")\n'
+        '    ModelRegistry.register_model("HeliumForCausalLm", '
+        '"vllm_helium.modeling_helium:HeliumForCausalLM")\n'
     )
-    (port.root / "pyproject.toml").write_text(PYPROJECT.replace("general_plugins", "general_plugin"))
+    (port.root / "pyproject.toml").write_text(
+        PYPROJECT.replace("general_plugins", "general_plugin")
+    )
     found = {(f.rule, f.path, f.line) for f in findings(port, "out_of_tree")}
     assert found == {
         ("keep-plugin-imports-light", "vllm_helium/__init__.py", 1),
@@ -376,11 +446,16 @@ def test_the_plugin_and_pyproject_are_read_too(port):
 
 def test_a_port_file_that_does_not_parse(port):
     port.modeling.write_text("def f(:\n")
-    with pytest.raises(PortkitError, match="modeling_helium.py:1:7"):
+    with pytest.raises(PortkitError, match=r"modeling_helium\.py:1:7"):
         findings(port, "forward")
-    with pytest.raises(PortkitError):
-        fix(port, "drop-dropout")
+    with pytest.raises(PortkitError, match=r"modeling_helium\.py:1:7"):
+        fix(port, "drop-gradient-checkpointing")
     assert port.source == "def f(:\n"
+
+
+def test_fixing_a_rule_without_a_fix_says_so(port):
+    with pytest.raises(PortkitError, match="no fix"):
+        fix(port, "drop-dropout")
 
 
 def test_a_port_file_that_is_not_utf8(port):

@@ -15,11 +15,13 @@ from portkit.lint.rule import HEADINGS, Rule
 
 VALID = [
     pytest.param(rule, case, id=f"{rule.id}-valid-{n}")
-    for rule in all_rules() for n, case in enumerate(rule.VALID)
+    for rule in all_rules()
+    for n, case in enumerate(rule.VALID)
 ]
 INVALID = [
     pytest.param(rule, case, id=f"{rule.id}-invalid-{n}")
-    for rule in all_rules() for n, case in enumerate(rule.INVALID)
+    for rule in all_rules()
+    for n, case in enumerate(rule.INVALID)
 ]
 EACH = pytest.mark.parametrize("rule", all_rules(), ids=lambda rule: rule.id)
 
@@ -85,4 +87,6 @@ def test_every_rule_file_stays_small():
 def test_documentation_is_fresh():
     from portkit.lint.document import PATH
 
-    assert PATH.read_text() == render(), "docs/rules.md is stale: run `python -m portkit.lint.document`"
+    assert PATH.read_text() == render(), (
+        "docs/rules.md is stale: run `python -m portkit.lint.document`"
+    )

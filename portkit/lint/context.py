@@ -61,6 +61,8 @@ def _module_in(meta: dict) -> str:
     for section in meta.values():
         if isinstance(section, dict):
             for value in section.values():
-                if isinstance(value, str) and re.fullmatch(r"transformers\.models\.\w+\.modeling_\w+", value):
+                if isinstance(value, str) and re.fullmatch(
+                    r"transformers\.models\.\w+\.modeling_\w+", value
+                ):
                     return value
     return ""

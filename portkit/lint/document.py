@@ -30,7 +30,10 @@ def render() -> str:
     """Return the whole page."""
     lines = [INTRO, "| rule | step | fix | what |", "|---|---|---|---|"]
     for rule in all_rules():
-        lines.append(f"| [`{rule.id}`](#{rule.id}) | {rule.step} | {rule.fix_safety} | {rule.headings()['']} |")
+        lines.append(
+            f"| [`{rule.id}`](#{rule.id}) | {rule.step} | {rule.fix_safety} | "
+            f"{rule.headings()['']} |"
+        )
     for step in steps():
         if rules := rules_of(step.id):
             lines.append(f"\n## Step {step.number}: {step.title}")
@@ -54,7 +57,7 @@ def _block(text: str) -> str:
         (code if line.startswith("    ") or (code and not rest and not line) else rest).append(line)
     if not code:
         return text
-    language = "toml" if code[0].lstrip().startswith(("[", 'toy =')) else "python"
+    language = "toml" if code[0].lstrip().startswith(("[", "toy =")) else "python"
     fenced = f"\n\n```{language}\n{textwrap.dedent(chr(10).join(code)).rstrip()}\n```"
     return fenced + ("\n\n" + "\n".join(rest).strip() if rest else "")
 

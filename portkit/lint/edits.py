@@ -48,8 +48,11 @@ def drop_unused(module: cst.Module, names: Iterable[str]) -> cst.Module:
     for name in names:
         uses = [n for n in m.findall(module, m.Name(name)) if n]
         imported = sum(
-            1 for line in module.body if _is_import(line)
-            for n in m.findall(line, m.Name(name)) if n
+            1
+            for line in module.body
+            if _is_import(line)
+            for n in m.findall(line, m.Name(name))
+            if n
         )
         if len(uses) == imported:
             module = module.visit(_DropImport(name))
@@ -70,7 +73,9 @@ class _DropImport(cst.CSTTransformer):
     def leave_ImportFrom(self, original_node, updated_node):
         if isinstance(updated_node.names, cst.ImportStar):
             return updated_node
-        kept = [a for a in updated_node.names if a.asname is not None or a.evaluated_name != self.name]
+        kept = [
+            a for a in updated_node.names if a.asname is not None or a.evaluated_name != self.name
+        ]
         if len(kept) == len(updated_node.names):
             return updated_node
         if not kept:
@@ -90,9 +95,11 @@ def _imports(line: cst.BaseStatement, module: str, name: str) -> bool:
     if not isinstance(line, cst.SimpleStatementLine):
         return False
     return any(
-        isinstance(small, cst.ImportFrom) and not isinstance(small.names, cst.ImportStar)
+        isinstance(small, cst.ImportFrom)
+        and not isinstance(small.names, cst.ImportStar)
         and any(alias.evaluated_name == name for alias in small.names)
-        and small.module is not None and _dotted(small.module) == module
+        and small.module is not None
+        and _dotted(small.module) == module
         for small in line.body
     )
 
@@ -106,7 +113,8 @@ def _dotted(node: cst.CSTNode) -> str:
 def _after_docstring(body: list[cst.BaseStatement]) -> int:
     first = body[0] if body else None
     return int(
-        isinstance(first, cst.SimpleStatementLine) and m.matches(first.body[0], m.Expr(m.SimpleString()))
+        isinstance(first, cst.SimpleStatementLine)
+        and m.matches(first.body[0], m.Expr(m.SimpleString()))
     )
 
 
@@ -131,7 +139,9 @@ def with_keyword(call: cst.Call, name: str, value: str) -> cst.Call:
         args.append(new.with_changes(comma=cst.Comma(whitespace_after=closing)))
     else:
         if args:
-            args[-1] = args[-1].with_changes(comma=cst.Comma(whitespace_after=cst.SimpleWhitespace(" ")))
+            args[-1] = args[-1].with_changes(
+                comma=cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
+            )
         args.append(new)
     return call.with_changes(args=args)
 

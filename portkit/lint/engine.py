@@ -20,8 +20,8 @@ from portkit.errors import PortkitError
 from portkit.lint.context import port_context
 from portkit.lint.edits import ReplaceNodes, add_imports, drop_unused
 from portkit.lint.finding import Finding, PortContext
-from portkit.lint.registry import all_rules, rules_of
 from portkit.lint.registry import rule as rule_by_id
+from portkit.lint.registry import rules_of
 from portkit.lint.rule import Report, Rule, Target, TextRule
 from portkit.lint.source import Source
 from portkit.port import Port
@@ -66,15 +66,20 @@ def lint_source(
     """
     ignored = _ignored(source)
     found = [
-        finding for rule, report in _run(source, path, rules, context)
+        finding
+        for rule, report in _run(source, path, rules, context)
         if (finding := _finding(rule, report, path, ignored)) is not None
     ]
     return sorted(found, key=lambda f: (f.line, f.column, f.rule))
 
 
 def fix_source(
-    source: str, rules: Iterable[type[Rule]], context: PortContext | None = None,
-    *, path: str = "", unsafe: bool = True,
+    source: str,
+    rules: Iterable[type[Rule]],
+    context: PortContext | None = None,
+    *,
+    path: str = "",
+    unsafe: bool = True,
 ) -> tuple[str, list[Finding]]:
     """Apply the rules' fixes until none is left; return the new text and what was fixed.
 
@@ -103,9 +108,16 @@ def fix_source(
 def fix(port: Port, rule: str | None = None, unsafe: bool = False) -> list[Finding]:
     """Fix the port's files (one rule, or all due); the old text is committed first, see `undo`.
 
-    Naming a rule is consent to its fix, safe or not. Returns what was fixed.
+    Naming a rule is consent to its fix, safe or not. Returns what was fixed. Raises PortkitError
+    for a file that does not parse, and for a named rule without a fix.
     """
     rules = (rule_by_id(rule),) if rule else due_rules(port)
+    if rule and rules[0].fix_safety == "none":
+        raise PortkitError(
+            f"The rule {rule} has no fix: it takes a person to decide.",
+            f"docs/rules.md#{rule}",
+            f"`portkit hint {rule}` helps with the edit.",
+        )
     unsafe = unsafe or rule is not None
     context = port_context(port)
     changed: dict[Path, str | bytes] = {}
@@ -127,7 +139,9 @@ def fix(port: Port, rule: str | None = None, unsafe: bool = False) -> list[Findi
 
 def _files(port: Port) -> dict[Target, Path]:
     return {
-        "modeling": port.modeling, "init": port.init_file, "pyproject": port.root / "pyproject.toml",
+        "modeling": port.modeling,
+        "init": port.init_file,
+        "pyproject": port.root / "pyproject.toml",
     }
 
 
@@ -136,7 +150,8 @@ def _read(path: Path) -> str:
         return path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise PortkitError(
-            f"{path.name} is not UTF-8 text: byte {error.start} cannot be read.", str(path),
+            f"{path.name} is not UTF-8 text: byte {error.start} cannot be read.",
+            str(path),
             "Save the file as UTF-8 in your editor.",
         ) from error
 
@@ -174,7 +189,8 @@ def _finding(
 ) -> Finding | None:
     if isinstance(report, Exception):
         problem = PortkitError(
-            f"The rule {rule.id} failed on this file: {type(report).__name__}: {report}.", path,
+            f"The rule {rule.id} failed on this file: {type(report).__name__}: {report}.",
+            path,
             "This is a bug of portkit, not of your code; the other rules ran.",
         )
         return Finding(
@@ -183,8 +199,15 @@ def _finding(
     if rule.id in ignored.get(report.line, ()):
         return None
     return Finding(
-        rule.id, rule.step, report.message, path, report.line, report.column, report.symbol,
-        rule.fix_safety if report.fixable else "none", rule.severity,
+        rule.id,
+        rule.step,
+        report.message,
+        path,
+        report.line,
+        report.column,
+        report.symbol,
+        rule.fix_safety if report.fixable else "none",
+        rule.severity,
     )
 
 
@@ -205,7 +228,9 @@ def _apply(source: str, reports: Sequence[Report]) -> tuple[str, list[Report]]:
 
 
 def _module_of(reports: Sequence[Report], source: str) -> cst.Module:
-    return next((r.module for r in reports if r.module is not None), None) or cst.parse_module(source)
+    return next((r.module for r in reports if r.module is not None), None) or cst.parse_module(
+        source
+    )
 
 
 def _ignored(source: str) -> dict[int, set[str]]:

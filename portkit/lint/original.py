@@ -34,14 +34,15 @@ def original_facts(text: str) -> OriginalFacts:
     except PortkitError:
         return OriginalFacts()
     linears = frozenset(
-        layer.attribute for _, layer in source.layers
+        layer.attribute
+        for _, layer in source.layers
         if layer.name in ("Linear", "Conv1D") or layer.name.endswith("Linear")
     )
     return OriginalFacts(rotary_layout(source), linears, ties(source))
 
 
 def rotary_layout(source: Source) -> RotaryLayout | None:
-    """"interleaved" if pairs are neighbours (x[0::2], x[1::2]), "half" if they are d/2 apart.
+    """ "interleaved" if pairs are neighbours (x[0::2], x[1::2]), "half" if they are d/2 apart.
 
     Looks at what the rotating functions do, never at the model's name: get_rope's default
     (is_neox_style=True) is the "half" layout.
@@ -58,9 +59,9 @@ def rotary_layout(source: Source) -> RotaryLayout | None:
             continue
         if re.search(r"\[\s*(\.\.\.|:[^\]]*)\s*,\s*(0?::2|1::2)\s*\]", body):
             found.add("interleaved")
-        elif re.search(r"shape\[-1\]\s*//\s*2|\.chunk\(2,\s*dim=-1\)|size\(-1\)\s*//\s*2", body) and (
-            re.search(r"torch\.cat|torch\.concat", body) and "rotate" in name
-        ):
+        elif re.search(
+            r"shape\[-1\]\s*//\s*2|\.chunk\(2,\s*dim=-1\)|size\(-1\)\s*//\s*2", body
+        ) and (re.search(r"torch\.cat|torch\.concat", body) and "rotate" in name):
             found.add("half")
     return found.pop() if len(found) == 1 else None
 

@@ -20,9 +20,12 @@ def rules_of(step_id: str) -> tuple[type[Rule], ...]:
     for info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{package.__name__}.{info.name}")
         found += [
-            value for value in vars(module).values()
-            if inspect.isclass(value) and issubclass(value, Rule)
-            and value not in (Rule, TextRule) and value.__module__ == module.__name__
+            value
+            for value in vars(module).values()
+            if inspect.isclass(value)
+            and issubclass(value, Rule)
+            and value not in (Rule, TextRule)
+            and value.__module__ == module.__name__
         ]
     return tuple(found)
 
@@ -43,6 +46,7 @@ def rule(rule_id: str) -> type[Rule]:
     names = [candidate.id for candidate in all_rules()]
     close = difflib.get_close_matches(rule_id, names, n=3, cutoff=0.4) or names[:3]
     raise PortkitError(
-        f"There is no rule {rule_id!r}.", "docs/rules.md lists all rules",
+        f"There is no rule {rule_id!r}.",
+        "docs/rules.md lists all rules",
         f"Did you mean: {', '.join(close)}?",
     )

@@ -23,7 +23,12 @@ Import = tuple[str, str]
 """(module, name): `from module import name`."""
 
 HEADINGS = (
-    "What it does", "Why vLLM wants it", "Example", "Use instead", "Fix safety", "References",
+    "What it does",
+    "Why vLLM wants it",
+    "Example",
+    "Use instead",
+    "Fix safety",
+    "References",
 )
 
 
@@ -71,13 +76,18 @@ class Rule(cst.BatchableCSTVisitor):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if not cls.__dict__.get("id"):
-            cls.id = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
+            cls.id = re.sub(
+                r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__
+            ).lower()
         room = re.search(r"portkit\.steps\.(\w+)\.rules\.", cls.__module__)
         if room:
             cls.step = room[1]
         cls._visitors = tuple(
-            name for base in cls.__mro__ if issubclass(base, Rule)
-            for name in vars(base) if name.startswith(("visit_", "leave_"))
+            name
+            for base in cls.__mro__
+            if issubclass(base, Rule)
+            for name in vars(base)
+            if name.startswith(("visit_", "leave_"))
         )
 
     def __init__(self, source: Source) -> None:
@@ -101,12 +111,21 @@ class Rule(cst.BatchableCSTVisitor):
         unused: tuple[str, ...] = (),
     ) -> None:
         """Report a node; the fix replaces it (or `replaces`), or transforms the whole module."""
-        place = self.source.positions[node.name if hasattr(node, "body") and hasattr(node, "name") else node]
+        place = self.source.positions[
+            node.name if hasattr(node, "body") and hasattr(node, "name") else node
+        ]
         self.reports.append(
             Report(
-                message, place.start.line, place.start.column, self.source.symbol(node),
-                module=self.source.module, node=replaces or node, replacement=replacement, transform=transform,
-                imports=imports, unused=unused,
+                message,
+                place.start.line,
+                place.start.column,
+                self.source.symbol(node),
+                module=self.source.module,
+                node=replaces or node,
+                replacement=replacement,
+                transform=transform,
+                imports=imports,
+                unused=unused,
             )
         )
 
@@ -131,7 +150,7 @@ class Rule(cst.BatchableCSTVisitor):
         """Return the docstring's parts: "" is the summary line, then heading → text."""
         parts: dict[str, str] = {}
         heading, lines = "", []
-        for line in inspect.cleandoc(cls.__doc__ or "").splitlines() + ["## "]:
+        for line in [*inspect.cleandoc(cls.__doc__ or "").splitlines(), "## "]:
             if line.startswith("## "):
                 parts[heading] = "\n".join(lines).strip()
                 heading, lines = line.removeprefix("## ").strip(), []

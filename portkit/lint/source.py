@@ -21,8 +21,11 @@ USUAL_ALIASES = {"nn": "torch.nn", "F": "torch.nn.functional", "torch": "torch",
 
 LINEAR_CLASSES = frozenset(
     {
-        "ReplicatedLinear", "RowParallelLinear", "ColumnParallelLinear",
-        "MergedColumnParallelLinear", "QKVParallelLinear",
+        "ReplicatedLinear",
+        "RowParallelLinear",
+        "ColumnParallelLinear",
+        "MergedColumnParallelLinear",
+        "QKVParallelLinear",
     }
 )
 """vLLM's linear layers (layers/linear.py); each returns `(output, bias)`."""
@@ -65,8 +68,10 @@ class ClassFacts:
     def has_base_elsewhere(self) -> bool:
         """True if a base may bring methods that this file does not show."""
         known = ("torch.nn.Module", "nn.Module", "Module", "object", "Protocol", "ABC")
-        return any(base not in known and not re.search(r"\.?(Supports\w+|\w*Mixin|Is\w+|Has\w+)$", base)
-                   for base in self.bases)
+        return any(
+            base not in known and not re.search(r"\.?(Supports\w+|\w*Mixin|Is\w+|Has\w+)$", base)
+            for base in self.bases
+        )
 
 
 class Source:
@@ -109,8 +114,12 @@ class Source:
 
     def statement_of(self, node: cst.CSTNode) -> cst.CSTNode | None:
         return next(
-            (a for a in self.ancestors(node)
-             if isinstance(a, (cst.Assign, cst.AnnAssign, cst.AugAssign, cst.Return, cst.Expr))), None
+            (
+                a
+                for a in self.ancestors(node)
+                if isinstance(a, (cst.Assign, cst.AnnAssign, cst.AugAssign, cst.Return, cst.Expr))
+            ),
+            None,
         )
 
     def symbol(self, node: cst.CSTNode) -> str:
@@ -160,8 +169,11 @@ class Source:
         """The local `...Model` class that the top class is made of: the one that embeds tokens."""
         if self.top is None:
             return None
-        built = [self.classes[layer.name] for layer in self.top.layers
-                 if layer.name.endswith("Model") and layer.name in self.classes]
+        built = [
+            self.classes[layer.name]
+            for layer in self.top.layers
+            if layer.name.endswith("Model") and layer.name in self.classes
+        ]
         for facts in built:
             if any("Embedding" in layer.name for layer in facts.layers):
                 return facts
@@ -206,7 +218,9 @@ class _Gather(cst.CSTVisitor):
             for alias in node.names:
                 name = _plain(alias.name)
                 local = alias.evaluated_alias or name
-                self.source.aliases[local] = f"{module}.{name}" if not module.endswith(".") else module + name
+                self.source.aliases[local] = (
+                    f"{module}.{name}" if not module.endswith(".") else module + name
+                )
                 self.source.imports.append((module, name, node))
 
     def visit_ClassDef(self, node: cst.ClassDef) -> None:
@@ -266,7 +280,8 @@ def parse(text: str, path: str = "") -> cst.Module:
     raise PortkitError(
         f"{path or 'The source'} is not valid Python: {reason}.",
         f"{path or 'the source'}:{line}:{column}\n    {shown.expandtabs(4)}\n    {caret}",
-        "Mend that line or the one above it (often a bracket, quote or indent); nothing was changed.",
+        "Mend that line or the one above it (often a bracket, quote or indent); nothing "
+        "was changed.",
     )
 
 
@@ -282,8 +297,12 @@ def _reason(text: str, error: cst.ParserSyntaxError) -> tuple[str, int, int]:
 
 
 def self_attribute(node: cst.CSTNode) -> str:
-    """"x" for `self.x`, else ""."""
-    if isinstance(node, cst.Attribute) and isinstance(node.value, cst.Name) and node.value.value == "self":
+    """ "x" for `self.x`, else ""."""
+    if (
+        isinstance(node, cst.Attribute)
+        and isinstance(node.value, cst.Name)
+        and node.value.value == "self"
+    ):
         return node.attr.value
     return ""
 

@@ -9,8 +9,12 @@ from portkit.lint.rule import Rule
 
 DOCS_ONLY = frozenset(
     {
-        "auto_docstring", "add_start_docstrings", "add_start_docstrings_to_model_forward",
-        "add_end_docstrings", "add_code_sample_docstrings", "replace_return_docstrings",
+        "auto_docstring",
+        "add_start_docstrings",
+        "add_start_docstrings_to_model_forward",
+        "add_end_docstrings",
+        "add_code_sample_docstrings",
+        "replace_return_docstrings",
     }
 )
 
@@ -58,7 +62,9 @@ class DropDocsDecorators(Rule):
                 def forward(self, x):
                     return x
             """,
-            line=3, count=2, names="auto_docstring",
+            line=3,
+            count=2,
+            names="auto_docstring",
             fixed="""
             from transformers.utils import can_return_tuple
 
@@ -69,8 +75,10 @@ class DropDocsDecorators(Rule):
             """,
         ),
         Invalid(
-            '@add_start_docstrings("text", TOY)\nclass ToyModel(nn.Module):\n    pass\n', line=1,
-            fixed="class ToyModel(nn.Module):\n    pass\n", names="add_start_docstrings",
+            '@add_start_docstrings("text", TOY)\nclass ToyModel(nn.Module):\n    pass\n',
+            line=1,
+            fixed="class ToyModel(nn.Module):\n    pass\n",
+            names="add_start_docstrings",
         ),
     ]
 
@@ -79,6 +87,8 @@ class DropDocsDecorators(Rule):
         name = self.source.dotted(function).rpartition(".")[2]
         if name in DOCS_ONLY:
             self.report(
-                node, f"`@{name}` only writes documentation: drop it.",
-                replacement=cst.RemoveFromParent(), unused=(name,),
+                node,
+                f"`@{name}` only writes documentation: drop it.",
+                replacement=cst.RemoveFromParent(),
+                unused=(name,),
             )

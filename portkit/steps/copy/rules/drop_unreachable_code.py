@@ -53,7 +53,8 @@ class DropUnreachableCode(Rule):
                 layer = ToyLayer
             class ToyForSequenceClassification: ...
             """,
-            line=4, names="ToyForSequenceClassification",
+            line=4,
+            names="ToyForSequenceClassification",
             fixed="""
             class ToyLayer: ...
             class ToyForCausalLM:
@@ -61,8 +62,11 @@ class DropUnreachableCode(Rule):
             """,
         ),
         Invalid(
-            "def helper(): ...\nclass B: ...\n", line=1, given=PortContext(architecture="B"),
-            fixed="class B: ...\n", names="helper",
+            "def helper(): ...\nclass B: ...\n",
+            line=1,
+            given=PortContext(architecture="B"),
+            fixed="class B: ...\n",
+            names="helper",
         ),
     ]
 
@@ -71,7 +75,9 @@ class DropUnreachableCode(Rule):
         if top is None:
             return
         defined = {
-            line.name.value: line for line in node.body if isinstance(line, (cst.ClassDef, cst.FunctionDef))
+            line.name.value: line
+            for line in node.body
+            if isinstance(line, (cst.ClassDef, cst.FunctionDef))
         }
         uses = {name: set(NAME.findall(self.source.code(line))) for name, line in defined.items()}
         reached, queue = set(), [top.name]
@@ -89,6 +95,7 @@ class DropUnreachableCode(Rule):
         for name, line in defined.items():
             if name not in reached:
                 self.report(
-                    line, f"`{name}` is never reached from `{top.name}`: delete it.",
+                    line,
+                    f"`{name}` is never reached from `{top.name}`: delete it.",
                     replacement=cst.RemoveFromParent(),
                 )

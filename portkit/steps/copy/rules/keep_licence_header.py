@@ -17,8 +17,8 @@ class KeepLicenceHeader(Rule):
     """Keep the copyright notice and the licence at the top of the file.
 
     ## What it does
-    Reports a modeling file whose leading comments name no copyright holder or no licence, unless port.toml says
-    that you took unlicensed code on purpose.
+    Reports a modeling file whose leading comments name no copyright holder or no licence, unless
+    port.toml says that you took unlicensed code on purpose.
 
     ## Why vLLM wants it
     The guide asks you to review and adhere to the original code's copyright and licensing terms.
@@ -40,7 +40,13 @@ class KeepLicenceHeader(Rule):
     """
 
     VALID = [
-        Valid("# Copyright 2024 The Example Team.\n# Licensed under the Apache License, Version 2.0\nimport torch\n"),
+        Valid(
+            """
+            # Copyright 2024 The Example Team.
+            # Licensed under the Apache License, Version 2.0
+            import torch
+            """
+        ),
         Valid('"""A model.\n\nCopyright 2024 The Example Team\nLicense: MIT\n"""\nimport torch\n'),
         Valid(""),
         Valid("import torch\n", PortContext(unlicensed=True)),
@@ -57,7 +63,8 @@ class KeepLicenceHeader(Rule):
         lines += [line.comment.value for line in node.body[0].leading_lines if line.comment]
         notice = "\n".join(lines) + (node.get_docstring() or "")
         missing = [
-            what for what, pattern in (("copyright holder", COPYRIGHT), ("licence", LICENCE))
+            what
+            for what, pattern in (("copyright holder", COPYRIGHT), ("licence", LICENCE))
             if not pattern.search(notice)
         ]
         if missing:

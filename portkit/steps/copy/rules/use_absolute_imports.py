@@ -41,17 +41,24 @@ class UseAbsoluteImports(Rule):
 
     VALID = [
         Valid("from transformers.activations import ACT2FN"),
-        Valid("from .configuration_toy import ToyConfig", PortContext(siblings=frozenset({"configuration_toy"}))),
+        Valid(
+            "from .configuration_toy import ToyConfig",
+            PortContext(siblings=frozenset({"configuration_toy"})),
+        ),
     ]
     INVALID = [
         Invalid(
-            "from ...activations import ACT2FN\n", line=1,
-            fixed="from transformers.activations import ACT2FN\n", names="...activations",
+            "from ...activations import ACT2FN\n",
+            line=1,
+            fixed="from transformers.activations import ACT2FN\n",
+            names="...activations",
         ),
         Invalid(
-            "import torch\nfrom .configuration_toy import ToyConfig\n", line=2,
+            "import torch\nfrom .configuration_toy import ToyConfig\n",
+            line=2,
             fixed="import torch\nfrom transformers.models.toy.configuration_toy import ToyConfig\n",
-            given=PortContext(source_package="transformers.models.toy"), names=".configuration_toy",
+            given=PortContext(source_package="transformers.models.toy"),
+            names=".configuration_toy",
         ),
         Invalid("from .configuration_toy import ToyConfig\n", line=1, names=".configuration_toy"),
     ]
@@ -68,7 +75,9 @@ class UseAbsoluteImports(Rule):
         full = ".".join(part for part in (base, name) if part) if base else ""
         advice = f"write `from {full} import ...`" if full else "write the module's full name"
         self.report(
-            node, f"`{written}` is relative to Transformers' tree and does not exist beside the port: {advice}.",
+            node,
+            f"`{written}` is relative to Transformers' tree and does not exist beside "
+            f"the port: {advice}.",
             replacement=self._absolute(node, full) if full else None,
         )
 

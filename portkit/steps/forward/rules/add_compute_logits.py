@@ -39,7 +39,9 @@ class AddComputeLogits(Rule):
     fix_safety = "unsafe"
 
     VALID = [
-        Valid("class ToyForCausalLM(nn.Module):\n    def compute_logits(self, hidden_states): ...\n"),
+        Valid(
+            "class ToyForCausalLM(nn.Module):\n    def compute_logits(self, hidden_states): ...\n"
+        ),
         Valid("class ToyForCausalLM(LlamaForCausalLM):\n    pass\n"),
     ]
     INVALID = [
@@ -50,7 +52,8 @@ class AddComputeLogits(Rule):
                 def __init__(self):
                     self.lm_head = nn.Linear(4, 8, bias=False)
             """,
-            line=1, names="compute_logits",
+            line=1,
+            names="compute_logits",
             fixed="""
             class ToyForCausalLM(nn.Module):
                 def __init__(self):
@@ -67,7 +70,8 @@ class AddComputeLogits(Rule):
         if facts is None or "compute_logits" in facts.methods:
             return
         if facts.has_base_elsewhere and not any(
-            base.startswith("transformers.") or base.endswith("PreTrainedModel") for base in facts.bases
+            base.startswith("transformers.") or base.endswith("PreTrainedModel")
+            for base in facts.bases
         ):
             return
         head = facts.layer("lm_head")
@@ -76,7 +80,10 @@ class AddComputeLogits(Rule):
             "    return self.lm_head(hidden_states)\n"
         )
         self.report(
-            facts.node, f"`{facts.name}` has no `compute_logits`: vLLM computes logits only for the "
+            facts.node,
+            f"`{facts.name}` has no `compute_logits`: vLLM computes logits only for the "
             "tokens it samples from, through this method.",
-            replacement=with_method(facts.node, code) if head and head.dotted == "torch.nn.Linear" else None,
+            replacement=with_method(facts.node, code)
+            if head and head.dotted == "torch.nn.Linear"
+            else None,
         )

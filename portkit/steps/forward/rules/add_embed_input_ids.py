@@ -60,7 +60,9 @@ class AddEmbedInputIds(Rule):
                 def __init__(self, config):
                     self.model = ToyModel(config)
             """,
-            line=1, count=2, names="ToyModel",
+            line=1,
+            count=2,
+            names="ToyModel",
             fixed="""
             class ToyModel(nn.Module):
                 def __init__(self, config):
@@ -93,7 +95,8 @@ class AddEmbedInputIds(Rule):
                 f"    return {body}\n"
             )
             self.report(
-                facts.node, f"`{facts.name}` has no `embed_input_ids`: vLLM embeds tokens through it.",
+                facts.node,
+                f"`{facts.name}` has no `embed_input_ids`: vLLM embeds tokens through it.",
                 replacement=with_method(facts.node, code) if body else None,
             )
 
@@ -102,7 +105,8 @@ class AddEmbedInputIds(Rule):
         if any("MultiModal" in base for base in facts.bases):
             return True
         return facts.has_base_elsewhere and not any(
-            base.startswith("transformers.") or base.endswith("PreTrainedModel") for base in facts.bases
+            base.startswith("transformers.") or base.endswith("PreTrainedModel")
+            for base in facts.bases
         )
 
     def _body(self, facts: ClassFacts) -> str:
@@ -111,7 +115,8 @@ class AddEmbedInputIds(Rule):
             names = [layer.attribute for layer in facts.layers if layer.name == inner.name]
             return f"self.{names[0]}.embed_input_ids(input_ids)" if len(names) == 1 else ""
         names = [
-            layer.attribute for layer in facts.layers
+            layer.attribute
+            for layer in facts.layers
             if layer.name in EMBEDDINGS and "vocab_size" in self.source.code(layer.call)
         ]
         return f"self.{names[0]}(input_ids)" if len(names) == 1 else ""

@@ -7,7 +7,9 @@ import libcst as cst
 from portkit.lint.finding import Invalid, Valid
 from portkit.lint.rule import Rule
 
-READS = frozenset({"item", "any", "all", "max", "min", "sum", "tolist", "equal", "allclose", "nonzero"})
+READS = frozenset(
+    {"item", "any", "all", "max", "min", "sum", "tolist", "equal", "allclose", "nonzero"}
+)
 
 
 class AvoidTensorBranches(Rule):
@@ -35,22 +37,60 @@ class AvoidTensorBranches(Rule):
     """
 
     VALID = [
-        Valid("class A(nn.Module):\n    def forward(self, x):\n        if x is None or x.shape[0] > 4:\n            return x\n"),
-        Valid("class A(nn.Module):\n    def load(self, x):\n        if x.max() > 4:\n            return x\n"),
-        Valid("class A(nn.Module):\n    def forward(self, x):\n        if max(self.sizes) > 4:\n            return x\n"),
+        Valid(
+            """
+            class A(nn.Module):
+                def forward(self, x):
+                    if x is None or x.shape[0] > 4:
+                        return x
+            """
+        ),
+        Valid(
+            """
+            class A(nn.Module):
+                def load(self, x):
+                    if x.max() > 4:
+                        return x
+            """
+        ),
+        Valid(
+            """
+            class A(nn.Module):
+                def forward(self, x):
+                    if max(self.sizes) > 4:
+                        return x
+            """
+        ),
     ]
     INVALID = [
         Invalid(
-            "class A(nn.Module):\n    def forward(self, positions):\n        if positions.max() > 4:\n            return positions\n",
-            line=3, names="positions.max()",
+            """
+            class A(nn.Module):
+                def forward(self, positions):
+                    if positions.max() > 4:
+                        return positions
+            """,
+            line=3,
+            names="positions.max()",
         ),
         Invalid(
-            "class A(nn.Module):\n    def forward(self, x):\n        return x if torch.any(x > 0) else -x\n",
-            line=3, names="torch.any(x > 0)",
+            """
+            class A(nn.Module):
+                def forward(self, x):
+                    return x if torch.any(x > 0) else -x
+            """,
+            line=3,
+            names="torch.any(x > 0)",
         ),
         Invalid(
-            "class A(nn.Module):\n    def forward(self, x, n):\n        while n.item() > 0:\n            n -= 1\n",
-            line=3, names="n.item()",
+            """
+            class A(nn.Module):
+                def forward(self, x, n):
+                    while n.item() > 0:
+                        n -= 1
+            """,
+            line=3,
+            names="n.item()",
         ),
     ]
 
@@ -65,15 +105,23 @@ class AvoidTensorBranches(Rule):
 
     def _test(self, test: cst.BaseExpression) -> None:
         function = self.source.function_of(test)
-        if function is None or function.name.value != "forward" or self.source.class_of(test) is None:
+        if (
+            function is None
+            or function.name.value != "forward"
+            or self.source.class_of(test) is None
+        ):
             return
         calls = _Calls()
         test.visit(calls)
         for call in calls.found:
             name = call.func.attr.value if isinstance(call.func, cst.Attribute) else ""
-            if name in READS and not self.source.dotted(call.func).startswith(("self.config", "config.")):
+            if name in READS and not self.source.dotted(call.func).startswith(
+                ("self.config", "config.")
+            ):
                 self.report(
-                    call, f"`{self.source.code(call)}` decides a branch of `forward`: compiled and recorded "
+                    call,
+                    f"`{self.source.code(call)}` decides a branch of `forward`: compiled "
+                    "and recorded "
                     "code cannot branch on a tensor's value; use torch.where.",
                 )
 

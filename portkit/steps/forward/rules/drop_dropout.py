@@ -37,7 +37,8 @@ class DropDropout(Rule):
     ]
     INVALID = [
         Invalid(
-            "class A(nn.Module):\n    def __init__(self):\n        self.drop = nn.Dropout(0.1)\n", line=3,
+            "class A(nn.Module):\n    def __init__(self):\n        self.drop = nn.Dropout(0.1)\n",
+            line=3,
             names="drop",
         ),
         Invalid("def f(x):\n    return nn.functional.dropout(x, p=0.1)\n", line=2, names="dropout"),
@@ -50,7 +51,13 @@ class DropDropout(Rule):
         name = dotted.rpartition(".")[2]
         if name.startswith("Dropout") or name.endswith("dropout"):
             statement = self.source.statement_of(node)
-            target = self.source.code(statement.targets[0].target) if isinstance(statement, cst.Assign) else ""
+            target = (
+                self.source.code(statement.targets[0].target)
+                if isinstance(statement, cst.Assign)
+                else ""
+            )
             self.report(
-                node, f"`{name}`{f' as `{target}`' if target else ''} does nothing at inference: drop it.",
+                node,
+                f"`{name}`{f' as `{target}`' if target else ''} does nothing at "
+                "inference: drop it.",
             )

@@ -48,7 +48,8 @@ class DropGradientCheckpointing(Rule):
             class ToyLayer(GradientCheckpointingLayer):
                 pass
             """,
-            line=4, names="GradientCheckpointingLayer",
+            line=4,
+            names="GradientCheckpointingLayer",
             fixed="""
             from torch import nn
 
@@ -63,7 +64,8 @@ class DropGradientCheckpointing(Rule):
                     self.layers = []
                     self.gradient_checkpointing = False
             """,
-            line=4, names="gradient_checkpointing",
+            line=4,
+            names="gradient_checkpointing",
             fixed="""
             class ToyModel(nn.Module):
                 def __init__(self):
@@ -76,7 +78,8 @@ class DropGradientCheckpointing(Rule):
                 def forward(self, x):
                     return self._gradient_checkpointing_func(self.layer, x)
             """,
-            line=3, names="_gradient_checkpointing_func",
+            line=3,
+            names="_gradient_checkpointing_func",
         ),
     ]
 
@@ -85,15 +88,19 @@ class DropGradientCheckpointing(Rule):
             name = self.source.dotted(base.value).rpartition(".")[2]
             if name != "GradientCheckpointingLayer":
                 continue
-            module = next((local for local, full in self.source.aliases.items() if full == "torch.nn"), "nn")
+            module = next(
+                (local for local, full in self.source.aliases.items() if full == "torch.nn"), "nn"
+            )
             bases = [
                 b.with_changes(value=cst.parse_expression(f"{module}.Module")) if b is base else b
                 for b in node.bases
             ]
             self.report(
-                node, f"`{node.name.value}` derives from `GradientCheckpointingLayer`: use nn.Module.",
+                node,
+                f"`{node.name.value}` derives from `GradientCheckpointingLayer`: use nn.Module.",
                 replacement=node.with_changes(bases=bases),
-                imports=() if module in self.source.aliases else (("torch", "nn"),), unused=(name,),
+                imports=() if module in self.source.aliases else (("torch", "nn"),),
+                unused=(name,),
             )
 
     def visit_SimpleStatementLine(self, node: cst.SimpleStatementLine) -> None:
@@ -102,7 +109,8 @@ class DropGradientCheckpointing(Rule):
             target = self.source.dotted(small.targets[0].target)
             if target == "self.gradient_checkpointing":
                 self.report(
-                    node, "`self.gradient_checkpointing` is for training: drop it.",
+                    node,
+                    "`self.gradient_checkpointing` is for training: drop it.",
                     replacement=cst.RemoveFromParent() if self._has_company(node) else None,
                 )
 

@@ -13,13 +13,26 @@ TRAIN = "vLLM never trains"
 OUTPUT = "forward returns hidden states only"
 
 WHY = {
-    "attention_mask": MASK, "head_mask": MASK, "causal_mask": MASK, "causal_mask_mapping": MASK,
-    "encoder_attention_mask": MASK, "layer_head_mask": MASK,
-    "past_key_values": CACHE, "past_key_value": CACHE, "layer_past": CACHE, "use_cache": CACHE,
-    "cache_position": CACHE, "past_states": CACHE,
-    "labels": TRAIN, "num_items_in_batch": TRAIN, "loss_kwargs": TRAIN,
-    "output_attentions": OUTPUT, "output_hidden_states": OUTPUT, "output_router_logits": OUTPUT,
-    "return_dict": OUTPUT, "logits_to_keep": "compute_logits gets only the tokens to sample from",
+    "attention_mask": MASK,
+    "head_mask": MASK,
+    "causal_mask": MASK,
+    "causal_mask_mapping": MASK,
+    "encoder_attention_mask": MASK,
+    "layer_head_mask": MASK,
+    "past_key_values": CACHE,
+    "past_key_value": CACHE,
+    "layer_past": CACHE,
+    "use_cache": CACHE,
+    "cache_position": CACHE,
+    "past_states": CACHE,
+    "labels": TRAIN,
+    "num_items_in_batch": TRAIN,
+    "loss_kwargs": TRAIN,
+    "output_attentions": OUTPUT,
+    "output_hidden_states": OUTPUT,
+    "output_router_logits": OUTPUT,
+    "return_dict": OUTPUT,
+    "logits_to_keep": "compute_logits gets only the tokens to sample from",
     "num_logits_to_keep": "compute_logits gets only the tokens to sample from",
     "position_embeddings": "get_rope's layer computes cos and sin from `positions` by itself",
 }
@@ -55,7 +68,8 @@ class DropHfArguments(Rule):
     ]
     INVALID = [
         Invalid(
-            "class A(nn.Module):\n    def forward(self, x, attention_mask=None): ...\n", line=2,
+            "class A(nn.Module):\n    def forward(self, x, attention_mask=None): ...\n",
+            line=2,
             names="attention_mask",
         ),
         Invalid(
@@ -68,7 +82,9 @@ class DropHfArguments(Rule):
                     labels=None,
                 ): ...
             """,
-            line=5, count=2, names="past_key_values",
+            line=5,
+            count=2,
+            names="past_key_values",
         ),
     ]
 
@@ -78,4 +94,7 @@ class DropHfArguments(Rule):
             return
         function = self.source.function_of(node)
         if function is not None and function.name.value == "forward" and self.source.class_of(node):
-            self.report(node, f"`forward` still takes `{node.name.value}`: drop it and what it feeds; {reason}.")
+            self.report(
+                node,
+                f"`forward` still takes `{node.name.value}`: drop it and what it feeds; {reason}.",
+            )

@@ -8,14 +8,16 @@ from portkit.lint.finding import Invalid, Valid
 from portkit.lint.rule import Rule
 from portkit.lint.source import self_attribute
 
-OLD = frozenset({"kv_caches", "kv_cache", "attn_metadata", "input_metadata", "cache_events", "cache_event"})
+OLD = frozenset(
+    {"kv_caches", "kv_cache", "attn_metadata", "input_metadata", "cache_events", "cache_event"}
+)
 
 
 class DropKvCacheArguments(Rule):
     """Pass no `kv_caches` and no `attn_metadata`.
 
     ## What it does
-    Reports these parameters of older vLLM models in a `forward`, and calls of layers that pass them.
+    Reports these parameters of older vLLM models in a `forward`, and calls of layers with them.
 
     ## Why vLLM wants it
     Each `Attention` layer finds its cache and the batch's metadata in the forward context, by its
@@ -37,16 +39,32 @@ class DropKvCacheArguments(Rule):
 
     VALID = [
         Valid("class A(nn.Module):\n    def forward(self, positions, hidden_states): ...\n"),
-        Valid("class A(nn.Module):\n    def forward(self, q, k, v):\n        return self.attn(q, k, v)\n"),
+        Valid(
+            """
+            class A(nn.Module):
+                def forward(self, q, k, v):
+                    return self.attn(q, k, v)
+            """
+        ),
     ]
     INVALID = [
         Invalid(
-            "class A(nn.Module):\n    def forward(self, positions, x, kv_cache, attn_metadata): ...\n",
-            line=2, count=2, names="kv_cache",
+            """
+            class A(nn.Module):
+                def forward(self, positions, x, kv_cache, attn_metadata): ...
+            """,
+            line=2,
+            count=2,
+            names="kv_cache",
         ),
         Invalid(
-            "class A(nn.Module):\n    def forward(self, q, k, v):\n        return self.attn(q, k, v, kv_cache=None)\n",
-            line=3, names="kv_cache",
+            """
+            class A(nn.Module):
+                def forward(self, q, k, v):
+                    return self.attn(q, k, v, kv_cache=None)
+            """,
+            line=3,
+            names="kv_cache",
         ),
     ]
 
@@ -68,6 +86,7 @@ class DropKvCacheArguments(Rule):
 
     def _say(self, node: cst.CSTNode, name: str) -> None:
         self.report(
-            node, f"`{name}` is an older vLLM's argument: Attention finds its cache and metadata in the "
+            node,
+            f"`{name}` is an older vLLM's argument: Attention finds its cache and metadata in the "
             "forward context; drop it.",
         )

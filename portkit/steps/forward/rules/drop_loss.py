@@ -9,7 +9,9 @@ import libcst as cst
 from portkit.lint.finding import Invalid, Valid
 from portkit.lint.rule import Rule
 
-LOSS = re.compile(r"^(loss_function|CrossEntropyLoss|cross_entropy|load_balancing_loss_func|\w*Loss)$")
+LOSS = re.compile(
+    r"^(loss_function|CrossEntropyLoss|cross_entropy|load_balancing_loss_func|\w*Loss)$"
+)
 
 
 class DropLoss(Rule):
@@ -41,12 +43,22 @@ class DropLoss(Rule):
     ]
     INVALID = [
         Invalid(
-            "class A(nn.Module):\n    def forward(self, x, y):\n        return self.loss_function(x, y)\n",
-            line=3, names="loss_function",
+            """
+            class A(nn.Module):
+                def forward(self, x, y):
+                    return self.loss_function(x, y)
+            """,
+            line=3,
+            names="loss_function",
         ),
         Invalid(
-            "class A(nn.Module):\n    def forward(self, x):\n        p = 0.1 if self.training else 0.0\n",
-            line=3, names="self.training",
+            """
+            class A(nn.Module):
+                def forward(self, x):
+                    p = 0.1 if self.training else 0.0
+            """,
+            line=3,
+            names="self.training",
         ),
     ]
 
@@ -57,4 +69,6 @@ class DropLoss(Rule):
 
     def visit_Attribute(self, node: cst.Attribute) -> None:
         if self.source.dotted(node) == "self.training":
-            self.report(node, "`self.training` is always False in vLLM: keep the other branch only.")
+            self.report(
+                node, "`self.training` is always False in vLLM: keep the other branch only."
+            )

@@ -11,7 +11,9 @@ from portkit.lint.rule import Rule
 from portkit.lint.source import self_attribute
 
 BATCH = re.compile(r"^(bsz|bs|b|batch|batch_size|n_batch)$", re.I)
-SEQUENCE = re.compile(r"^(seq|seq_len|seqlen|seq_length|q_len|q_length|tgt_len|s|t|slen|sequence_length)$", re.I)
+SEQUENCE = re.compile(
+    r"^(seq|seq_len|seqlen|seq_length|q_len|q_length|tgt_len|s|t|slen|sequence_length)$", re.I
+)
 PROJECTION = re.compile(r"(^|_)(q|k|v|qkv|query|key|value)(_|$)|query_key_value|Wqkv")
 
 
@@ -58,7 +60,13 @@ class FlattenBatchAndSequence(Rule):
                     return hidden_states.view(-1, hidden_dim).view(orig_shape)
             """
         ),
-        Valid("class ToyConv(nn.Module):\n    def forward(self, x):\n        return x.transpose(1, 2)\n"),
+        Valid(
+            """
+            class ToyConv(nn.Module):
+                def forward(self, x):
+                    return x.transpose(1, 2)
+            """
+        ),
     ]
     INVALID = [
         Invalid(
@@ -68,7 +76,9 @@ class FlattenBatchAndSequence(Rule):
                     bsz, q_len, _ = hidden_states.size()
                     return self.q_proj(hidden_states).view(bsz, q_len, -1, 4).transpose(1, 2)
             """,
-            line=3, count=2, names="bsz",
+            line=3,
+            count=2,
+            names="bsz",
         ),
         Invalid(
             """
@@ -78,7 +88,8 @@ class FlattenBatchAndSequence(Rule):
                     hidden_shape = (*input_shape, -1, self.head_dim)
                     return self.q_proj(hidden_states).view(hidden_shape)
             """,
-            line=3, names="input_shape",
+            line=3,
+            names="input_shape",
         ),
         Invalid(
             """
@@ -86,7 +97,8 @@ class FlattenBatchAndSequence(Rule):
                 def forward(self, hidden_states, index):
                     return self.lm_head(hidden_states[:, index, :])
             """,
-            line=3, names="hidden_states",
+            line=3,
+            names="hidden_states",
         ),
     ]
 
@@ -95,11 +107,14 @@ class FlattenBatchAndSequence(Rule):
         if self.source.class_of(node) is None:
             return
         text = self.source.code(value)
-        if isinstance(target, cst.Tuple) and re.search(r"\.shape(\[[^\]]*\])?$|\.size\(\)(\[[^\]]*\])?$", text):
+        if isinstance(target, cst.Tuple) and re.search(
+            r"\.shape(\[[^\]]*\])?$|\.size\(\)(\[[^\]]*\])?$", text
+        ):
             names = [e.value.value for e in target.elements if isinstance(e.value, cst.Name)]
             if len(names) >= 2 and BATCH.match(names[0]) and SEQUENCE.match(names[1]):
                 self.report(
-                    node, f"`{names[0]}, {names[1]}` come from {text}: vLLM's tensors have one "
+                    node,
+                    f"`{names[0]}, {names[1]}` come from {text}: vLLM's tensors have one "
                     "leading dimension, the tokens of all sequences.",
                 )
         elif isinstance(target, cst.Name) and re.search(r"\.(shape|size\(\))\[:-1\]$", text):
@@ -107,7 +122,8 @@ class FlattenBatchAndSequence(Rule):
             name = target.value
             if function is not None and f"(*{name}," in self.source.code(function):
                 self.report(
-                    node, f"`{name}` = {text} carries [batch, sequence] into a view: tokens are flat, "
+                    node,
+                    f"`{name}` = {text} carries [batch, sequence] into a view: tokens are flat, "
                     "so write the view as (-1, ...) or drop it.",
                 )
 
@@ -120,7 +136,8 @@ class FlattenBatchAndSequence(Rule):
         facts = self.source.class_of(node)
         if facts is not None and self._is_head(function.value):
             self.report(
-                node, "`.transpose(1, 2)` swaps [sequence, heads] of one batch row: vLLM's Attention "
+                node,
+                "`.transpose(1, 2)` swaps [sequence, heads] of one batch row: vLLM's Attention "
                 f"takes {self._projection(function.value)} as [num_tokens, heads * head_dim].",
             )
 
@@ -130,7 +147,8 @@ class FlattenBatchAndSequence(Rule):
             first = self.source.code(node.slice[0].slice)
             if first.startswith(":"):
                 self.report(
-                    node, "`hidden_states` is indexed as [batch, sequence, hidden]: it is "
+                    node,
+                    "`hidden_states` is indexed as [batch, sequence, hidden]: it is "
                     "[num_tokens, hidden], and compute_logits gets only the tokens it needs.",
                 )
 

@@ -37,9 +37,28 @@ class GiveAttentionAPrefix(Rule):
     fix_safety = "safe"
 
     VALID = [
-        Valid('class A(nn.Module):\n    def __init__(self, prefix):\n        self.attn = Attention(4, prefix=f"{prefix}.attn")\n'),
-        Valid("class Attention(nn.Module): ...\nclass B(nn.Module):\n    def __init__(self):\n        self.a = Attention(4)\n"),
-        Valid("class A(nn.Module):\n    def __init__(self, **kw):\n        self.attn = Attention(4, **kw)\n"),
+        Valid(
+            """
+            class A(nn.Module):
+                def __init__(self, prefix):
+                    self.attn = Attention(4, prefix=f"{prefix}.attn")
+            """
+        ),
+        Valid(
+            """
+            class Attention(nn.Module): ...
+            class B(nn.Module):
+                def __init__(self):
+                    self.a = Attention(4)
+            """
+        ),
+        Valid(
+            """
+            class A(nn.Module):
+                def __init__(self, **kw):
+                    self.attn = Attention(4, **kw)
+            """
+        ),
     ]
     INVALID = [
         Invalid(
@@ -48,14 +67,23 @@ class GiveAttentionAPrefix(Rule):
                 def __init__(self, prefix=""):
                     self.attn = Attention(4, 8, 1.0)
             """,
-            line=3, names="attn",
+            line=3,
+            names="attn",
             fixed="""
             class A(nn.Module):
                 def __init__(self, prefix=""):
                     self.attn = Attention(4, 8, 1.0, prefix=f"{prefix}.attn")
             """,
         ),
-        Invalid("class A(nn.Module):\n    def __init__(self):\n        self.attn = Attention(4, 8, 1.0)\n", line=3, names="attn"),
+        Invalid(
+            """
+            class A(nn.Module):
+                def __init__(self):
+                    self.attn = Attention(4, 8, 1.0)
+            """,
+            line=3,
+            names="attn",
+        ),
     ]
 
     def visit_Module(self, node: cst.Module) -> None:
@@ -67,7 +95,8 @@ class GiveAttentionAPrefix(Rule):
                 near = function is not None and "prefix" in parameters(function)
                 value = f'f"{{prefix}}.{layer.attribute}"'
                 self.report(
-                    layer.call, f"`self.{layer.attribute}` is an Attention without `prefix`: the engine "
+                    layer.call,
+                    f"`self.{layer.attribute}` is an Attention without `prefix`: the engine "
                     f"finds its KV cache by that name; pass prefix={value}.",
                     replacement=with_keyword(layer.call, "prefix", value) if near else None,
                 )

@@ -55,13 +55,21 @@ class ImportWhatVllmHas(Rule):
     ]
     INVALID = [
         Invalid(
-            "from vllm.attention import Attention\n", line=1, names="vllm.attention",
+            "from vllm.attention import Attention\n",
+            line=1,
+            names="vllm.attention",
             fixed="from vllm.model_executor.layers.attention import Attention\n",
         ),
         Invalid(
-            "from vllm.model_executor.layers.linear import PagedLinear\n", line=1, names="PagedLinear",
+            "from vllm.model_executor.layers.linear import PagedLinear\n",
+            line=1,
+            names="PagedLinear",
         ),
-        Invalid("from vllm.model_executor.input_metadata import InputMetadata\n", line=1, names="input_metadata"),
+        Invalid(
+            "from vllm.model_executor.input_metadata import InputMetadata\n",
+            line=1,
+            names="input_metadata",
+        ),
     ]
 
     def visit_ImportFrom(self, node: cst.ImportFrom) -> None:
@@ -75,16 +83,21 @@ class ImportWhatVllmHas(Rule):
             new = MOVED.get(module, "")
             known = bool(new) and mentions(new, tuple(names))
             self.report(
-                node, f"`{module}` is not a module of the installed vLLM"
-                + (f": import {', '.join(names)} from `{new}`." if known else
-                   f": look for `{names[0]}` in its current files."),
+                node,
+                f"`{module}` is not a module of the installed vLLM"
+                + (
+                    f": import {', '.join(names)} from `{new}`."
+                    if known
+                    else f": look for `{names[0]}` in its current files."
+                ),
                 replacement=node.with_changes(module=cst.parse_expression(new)) if known else None,
             )
             return
         for alias in node.names:
             if not mentions(module, (alias.evaluated_name,)):
                 self.report(
-                    alias, f"`{module}` of the installed vLLM has no `{alias.evaluated_name}`: look for "
+                    alias,
+                    f"`{module}` of the installed vLLM has no `{alias.evaluated_name}`: look for "
                     "its successor there.",
                 )
 
@@ -110,7 +123,8 @@ def mentions(module: str, names: tuple[str, ...]) -> bool:
     text = file.read_text(errors="replace")
     return all(
         re.search(rf"\b{re.escape(name)}\b", text) is not None
-        or (base / f"{name}.py").is_file() or (base / name).is_dir()
+        or (base / f"{name}.py").is_file()
+        or (base / name).is_dir()
         or re.search(r"^def __getattr__|import \*", text, re.M) is not None
         for name in names
     )

@@ -43,17 +43,29 @@ class KeepLogitsOutOfForward(Rule):
                     return self.lm_head(hidden_states)
             """
         ),
-        Valid("class ToyHead(nn.Module):\n    def forward(self, x):\n        return self.lm_head(x)\n"),
+        Valid(
+            "class ToyHead(nn.Module):\n    def forward(self, x):\n        return self.lm_head(x)\n"
+        ),
     ]
     INVALID = [
         Invalid(
-            "class ToyForCausalLM(nn.Module):\n    def forward(self, x):\n        return self.lm_head(self.model(x))\n",
-            line=3, names="lm_head",
+            """
+            class ToyForCausalLM(nn.Module):
+                def forward(self, x):
+                    return self.lm_head(self.model(x))
+            """,
+            line=3,
+            names="lm_head",
         ),
         Invalid(
-            "class ToyForCausalLM(nn.Module):\n    def forward(self, x):\n"
-            "        logits = self.embed_out(self.model(x))\n        return logits\n",
-            line=3, names="embed_out",
+            """
+            class ToyForCausalLM(nn.Module):
+                def forward(self, x):
+                    logits = self.embed_out(self.model(x))
+                    return logits
+            """,
+            line=3,
+            names="embed_out",
         ),
     ]
 
@@ -62,8 +74,14 @@ class KeepLogitsOutOfForward(Rule):
         if dotted not in ("self.lm_head", "self.embed_out", "self.output_layer"):
             return
         facts, function = self.source.class_of(node), self.source.function_of(node)
-        if facts is not None and facts is self.source.top and function is not None and function.name.value == "forward":
+        if (
+            facts is not None
+            and facts is self.source.top
+            and function is not None
+            and function.name.value == "forward"
+        ):
             self.report(
-                node, f"`{dotted}` is called in `forward`: return the hidden states there and call it "
+                node,
+                f"`{dotted}` is called in `forward`: return the hidden states there and call it "
                 "in compute_logits.",
             )

@@ -37,9 +37,27 @@ class KeepPrefixesUnique(Rule):
     fix_safety = "safe"
 
     VALID = [
-        Valid('class A(nn.Module):\n    def __init__(self, prefix):\n        self.attn = Attention(4, prefix=f"{prefix}.attn")\n'),
-        Valid('class A(nn.Module):\n    def __init__(self, prefix):\n        self.m = M(prefix=maybe_prefix(prefix, "m"))\n'),
-        Valid('class TForCausalLM(nn.Module):\n    def __init__(self, prefix):\n        self.model = M(prefix="model")\n'),
+        Valid(
+            """
+            class A(nn.Module):
+                def __init__(self, prefix):
+                    self.attn = Attention(4, prefix=f"{prefix}.attn")
+            """
+        ),
+        Valid(
+            """
+            class A(nn.Module):
+                def __init__(self, prefix):
+                    self.m = M(prefix=maybe_prefix(prefix, "m"))
+            """
+        ),
+        Valid(
+            """
+            class TForCausalLM(nn.Module):
+                def __init__(self, prefix):
+                    self.model = M(prefix="model")
+            """
+        ),
         Valid(
             """
             class A(nn.Module):
@@ -58,7 +76,8 @@ class KeepPrefixesUnique(Rule):
                 def __init__(self, prefix=""):
                     self.attn = Attention(4, 8, 1.0, prefix="attn")
             """,
-            line=3, names='"attn"',
+            line=3,
+            names='"attn"',
             fixed="""
             class A(nn.Module):
                 def __init__(self, prefix=""):
@@ -72,7 +91,8 @@ class KeepPrefixesUnique(Rule):
                     self.global_attn = Attention(4, 8, 1.0, prefix=f"{prefix}.attn")
                     self.local_attn = Attention(4, 8, 1.0, prefix=f"{prefix}.attn")
             """,
-            line=4, names="local_attn",
+            line=4,
+            names="local_attn",
         ),
     ]
 
@@ -87,10 +107,15 @@ class KeepPrefixesUnique(Rule):
             if isinstance(given.value, cst.SimpleString):
                 if facts is self.source.top or CAUSAL_LM_NAME.search(facts.name):
                     continue
-                if function is not None and "prefix" in parameters(function) and given.value.evaluated_value:
+                if (
+                    function is not None
+                    and "prefix" in parameters(function)
+                    and given.value.evaluated_value
+                ):
                     value = f'f"{{prefix}}.{layer.attribute}"'
                     self.report(
-                        layer.call, f"`self.{layer.attribute}` has the fixed prefix {text}, the same in "
+                        layer.call,
+                        f"`self.{layer.attribute}` has the fixed prefix {text}, the same in "
                         f"every layer: pass prefix={value}.",
                         replacement=with_keyword(layer.call, "prefix", value),
                     )
@@ -102,6 +127,7 @@ class KeepPrefixesUnique(Rule):
             first = seen.setdefault(key, layer.attribute)
             if first != layer.attribute and "prefix" in text:
                 self.report(
-                    layer.call, f"`self.{layer.attribute}` has the prefix {text} of `self.{first}`: "
+                    layer.call,
+                    f"`self.{layer.attribute}` has the prefix {text} of `self.{first}`: "
                     "each layer needs its own.",
                 )

@@ -9,11 +9,22 @@ from portkit.lint.rule import Rule
 
 MASK_MAKERS = frozenset(
     {
-        "create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask",
-        "create_masks_for_generate", "create_bidirectional_mask", "_prepare_4d_causal_attention_mask",
-        "_prepare_4d_causal_attention_mask_for_sdpa", "_prepare_decoder_attention_mask",
-        "_update_causal_mask", "_prepare_4d_causal_attention_mask_with_cache_position",
-        "AttentionMaskConverter", "triu", "tril", "triu_", "tril_", "get_mask",
+        "create_causal_mask",
+        "create_sliding_window_causal_mask",
+        "create_chunked_causal_mask",
+        "create_masks_for_generate",
+        "create_bidirectional_mask",
+        "_prepare_4d_causal_attention_mask",
+        "_prepare_4d_causal_attention_mask_for_sdpa",
+        "_prepare_decoder_attention_mask",
+        "_update_causal_mask",
+        "_prepare_4d_causal_attention_mask_with_cache_position",
+        "AttentionMaskConverter",
+        "triu",
+        "tril",
+        "triu_",
+        "tril_",
+        "get_mask",
     }
 )
 
@@ -44,23 +55,42 @@ class LeaveMasksToAttention(Rule):
     """
 
     VALID = [
-        Valid("class ToyModel(nn.Module):\n    def forward(self, x):\n        return self.attn(x, x, x)\n"),
+        Valid(
+            """
+            class ToyModel(nn.Module):
+                def forward(self, x):
+                    return self.attn(x, x, x)
+            """
+        ),
         Valid("from transformers.masking_utils import create_causal_mask\n"),
     ]
     INVALID = [
         Invalid(
-            "class ToyModel(nn.Module):\n    def forward(self, x):\n"
-            "        return create_causal_mask(config=self.config, inputs_embeds=x)\n",
-            line=3, names="create_causal_mask",
+            """
+            class ToyModel(nn.Module):
+                def forward(self, x):
+                    return create_causal_mask(config=self.config, inputs_embeds=x)
+            """,
+            line=3,
+            names="create_causal_mask",
         ),
         Invalid(
-            "class ToyAttention(nn.Module):\n    def __init__(self, n):\n"
-            "        self.bias = torch.tril(torch.ones(n, n))\n",
-            line=3, names="tril",
+            """
+            class ToyAttention(nn.Module):
+                def __init__(self, n):
+                    self.bias = torch.tril(torch.ones(n, n))
+            """,
+            line=3,
+            names="tril",
         ),
         Invalid(
-            "class ToyModel(nn.Module):\n    def forward(self, x):\n        x = self._update_causal_mask(x)\n",
-            line=3, names="_update_causal_mask",
+            """
+            class ToyModel(nn.Module):
+                def forward(self, x):
+                    x = self._update_causal_mask(x)
+            """,
+            line=3,
+            names="_update_causal_mask",
         ),
     ]
 
@@ -68,6 +98,7 @@ class LeaveMasksToAttention(Rule):
         name = self.source.dotted(node.func).rpartition(".")[2]
         if name in MASK_MAKERS and self.source.class_of(node) is not None:
             self.report(
-                node, f"`{name}` builds a mask in the model: vLLM's Attention masks by itself; "
+                node,
+                f"`{name}` builds a mask in the model: vLLM's Attention masks by itself; "
                 "delete it (a window or ALiBi becomes an argument of Attention).",
             )

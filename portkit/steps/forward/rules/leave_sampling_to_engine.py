@@ -33,25 +33,40 @@ class LeaveSamplingToEngine(Rule):
     """
 
     VALID = [
-        Valid("class ToyForCausalLM(nn.Module):\n    def compute_logits(self, hidden_states): ...\n"),
+        Valid(
+            "class ToyForCausalLM(nn.Module):\n    def compute_logits(self, hidden_states): ...\n"
+        ),
         Valid("class ToyData:\n    def sample(self): ...\n"),
     ]
     INVALID = [
         Invalid(
-            "class ToyForCausalLM(nn.Module):\n    def sample(self, logits, sampling_metadata): ...\n",
-            line=2, names="sample",
+            """
+            class ToyForCausalLM(nn.Module):
+                def sample(self, logits, sampling_metadata): ...
+            """,
+            line=2,
+            names="sample",
         ),
         Invalid(
-            "from vllm.sequence import SamplerOutput\nclass ToyForCausalLM(nn.Module):\n"
-            "    def __init__(self):\n        self.sampler = Sampler(8)\n",
-            line=1, count=2, names="SamplerOutput",
+            """
+            from vllm.sequence import SamplerOutput
+            class ToyForCausalLM(nn.Module):
+                def __init__(self):
+                    self.sampler = Sampler(8)
+            """,
+            line=1,
+            count=2,
+            names="SamplerOutput",
         ),
     ]
 
     def visit_FunctionDef(self, node: cst.FunctionDef) -> None:
         top = self.source.top
         if top is not None and top.methods.get("sample") is node:
-            self.report(node, f"`{top.name}.sample` is never called: the engine samples from compute_logits.")
+            self.report(
+                node,
+                f"`{top.name}.sample` is never called: the engine samples from compute_logits.",
+            )
 
     def visit_Call(self, node: cst.Call) -> None:
         if self.source.vllm_name(node.func) == "Sampler":
@@ -59,4 +74,7 @@ class LeaveSamplingToEngine(Rule):
 
     def visit_ImportAlias(self, node: cst.ImportAlias) -> None:
         if node.evaluated_name in ("SamplerOutput", "SamplingMetadata"):
-            self.report(node, f"`{node.evaluated_name}` belongs to the engine: a model ends with compute_logits.")
+            self.report(
+                node,
+                f"`{node.evaluated_name}` belongs to the engine: a model ends with compute_logits.",
+            )

@@ -38,9 +38,27 @@ class MatchPrefixToAttribute(Rule):
     fix_safety = "safe"
 
     VALID = [
-        Valid('class A(nn.Module):\n    def __init__(self, prefix):\n        self.mlp = M(prefix=f"{prefix}.mlp")\n'),
-        Valid('class A(nn.Module):\n    def __init__(self, prefix):\n        self.m = M(prefix=maybe_prefix(prefix, "m"))\n'),
-        Valid('class A(nn.Module):\n    def __init__(self, prefix):\n        self.m = M(prefix=f"{prefix}.layers.{i}")\n'),
+        Valid(
+            """
+            class A(nn.Module):
+                def __init__(self, prefix):
+                    self.mlp = M(prefix=f"{prefix}.mlp")
+            """
+        ),
+        Valid(
+            """
+            class A(nn.Module):
+                def __init__(self, prefix):
+                    self.m = M(prefix=maybe_prefix(prefix, "m"))
+            """
+        ),
+        Valid(
+            """
+            class A(nn.Module):
+                def __init__(self, prefix):
+                    self.m = M(prefix=f"{prefix}.layers.{i}")
+            """
+        ),
     ]
     INVALID = [
         Invalid(
@@ -49,7 +67,8 @@ class MatchPrefixToAttribute(Rule):
                 def __init__(self, prefix):
                     self.short_conv = M(8, prefix=f"{prefix}.conv")
             """,
-            line=3, names="short_conv",
+            line=3,
+            names="short_conv",
             fixed="""
             class A(nn.Module):
                 def __init__(self, prefix):
@@ -62,7 +81,8 @@ class MatchPrefixToAttribute(Rule):
                 def __init__(self, prefix):
                     self.transformer = M(prefix=maybe_prefix(prefix, "model"))
             """,
-            line=3, names="transformer",
+            line=3,
+            names="transformer",
             fixed="""
             class A(nn.Module):
                 def __init__(self, prefix):
@@ -81,13 +101,16 @@ class MatchPrefixToAttribute(Rule):
                 continue
             last, part, corrected = found[0], found[1], found[2](layer.attribute)
             self.report(
-                given, f"`self.{layer.attribute}` is built with a prefix that ends in `{last}`: it must end "
+                given,
+                f"`self.{layer.attribute}` is built with a prefix that ends in `{last}`: "
+                "it must end "
                 f"in `{layer.attribute}`, the layer's path in the model.",
-                replaces=part, replacement=corrected,
+                replaces=part,
+                replacement=corrected,
             )
 
     def _last_part(self, value: cst.BaseExpression):
-        """(last name, node that holds it, how to write another name there), or None if not literal."""
+        """(last name, node that holds it, how to write another there); None if not literal."""
         if isinstance(value, cst.FormattedString) and value.parts:
             text = value.parts[-1]
             if isinstance(text, cst.FormattedStringText) and text.value.startswith("."):
@@ -98,7 +121,14 @@ class MatchPrefixToAttribute(Rule):
             text = value.args[1].value if len(value.args) == 2 else None
             if isinstance(text, cst.SimpleString):
                 name = str(text.evaluated_value)
-                return name.rpartition(".")[2], text, lambda new: text.with_changes(
-                    value=text.quote + name[: len(name) - len(name.rpartition(".")[2])] + new + text.quote
+                return (
+                    name.rpartition(".")[2],
+                    text,
+                    lambda new: text.with_changes(
+                        value=text.quote
+                        + name[: len(name) - len(name.rpartition(".")[2])]
+                        + new
+                        + text.quote
+                    ),
                 )
         return None

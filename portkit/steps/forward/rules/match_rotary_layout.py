@@ -45,26 +45,39 @@ class MatchRotaryLayout(Rule):
     fix_safety = "unsafe"
 
     VALID = [
-        Valid("rope = get_rope(64, 4096, is_neox_style=False)\n", PortContext(rotary_layout="interleaved")),
+        Valid(
+            "rope = get_rope(64, 4096, is_neox_style=False)\n",
+            PortContext(rotary_layout="interleaved"),
+        ),
         Valid("rope = get_rope(64, 4096)\n", PortContext(rotary_layout="half")),
-        Valid("rope = get_rope(64, 4096, is_neox_style=config.style)\n", PortContext(rotary_layout="half")),
+        Valid(
+            "rope = get_rope(64, 4096, is_neox_style=config.style)\n",
+            PortContext(rotary_layout="half"),
+        ),
         Valid("rope = get_rope(64, 4096)\n"),
     ]
     INVALID = [
         Invalid(
-            "rope = get_rope(64, 4096)\n", line=1, given=PortContext(rotary_layout="interleaved"),
-            fixed="rope = get_rope(64, 4096, is_neox_style=False)\n", names="is_neox_style=False",
+            "rope = get_rope(64, 4096)\n",
+            line=1,
+            given=PortContext(rotary_layout="interleaved"),
+            fixed="rope = get_rope(64, 4096, is_neox_style=False)\n",
+            names="is_neox_style=False",
         ),
         Invalid(
-            "rope = get_rope(\n    64,\n    max_position=4096,\n    is_neox_style=False,\n)\n", line=1,
+            "rope = get_rope(\n    64,\n    max_position=4096,\n    is_neox_style=False,\n)\n",
+            line=1,
             given=PortContext(rotary_layout="half"),
             fixed="rope = get_rope(\n    64,\n    max_position=4096,\n    is_neox_style=True,\n)\n",
             names="is_neox_style=True",
         ),
         Invalid(
-            "rope = get_rope(\n    64,\n    max_position=4096,\n)\n", line=1,
+            "rope = get_rope(\n    64,\n    max_position=4096,\n)\n",
+            line=1,
             given=PortContext(rotary_layout="interleaved"),
-            fixed="rope = get_rope(\n    64,\n    max_position=4096,\n    is_neox_style=False,\n)\n",
+            fixed=(
+                "rope = get_rope(\n    64,\n    max_position=4096,\n    is_neox_style=False,\n)\n"
+            ),
         ),
     ]
 
@@ -76,9 +89,17 @@ class MatchRotaryLayout(Rule):
         written = self.source.code(given) if given is not None else "True"
         if written not in ("True", "False") or written == STYLE[layout]:
             return
-        how = f"says `is_neox_style={written}`" if given is not None else "leaves `is_neox_style` at True"
-        keyworded = given is None or any(a.keyword and a.keyword.value == "is_neox_style" for a in node.args)
+        how = (
+            f"says `is_neox_style={written}`"
+            if given is not None
+            else "leaves `is_neox_style` at True"
+        )
+        keyworded = given is None or any(
+            a.keyword and a.keyword.value == "is_neox_style" for a in node.args
+        )
         self.report(
-            node, f"`get_rope` {how}, but the copied code {WORDS[layout]}: set is_neox_style={STYLE[layout]}.",
+            node,
+            f"`get_rope` {how}, but the copied code {WORDS[layout]}: set "
+            f"is_neox_style={STYLE[layout]}.",
             replacement=with_keyword(node, "is_neox_style", STYLE[layout]) if keyworded else None,
         )

@@ -50,16 +50,28 @@ class NameForwardInputs(Rule):
                 def forward(self, ids, position_ids, intermediate_tensors, inputs_embeds=None): ...
 
             class ToyForCausalLM(nn.Module):
-                def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None): ...
+                def forward(
+                    self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None
+                ): ...
             """
         ),
         Valid("class ToyForCausalLM(LlamaForCausalLM):\n    pass\n"),
-        Valid("class ToyForCausalLM(nn.Module):\n    def forward(self, input_ids, positions, **kwargs): ...\n"),
+        Valid(
+            """
+            class ToyForCausalLM(nn.Module):
+                def forward(self, input_ids, positions, **kwargs): ...
+            """
+        ),
     ]
     INVALID = [
         Invalid(
-            "class ToyForCausalLM(nn.Module):\n    def forward(self, input_ids, position_ids=None): ...\n",
-            line=2, count=3, names="positions",
+            """
+            class ToyForCausalLM(nn.Module):
+                def forward(self, input_ids, position_ids=None): ...
+            """,
+            line=2,
+            count=3,
+            names="positions",
         ),
         Invalid(
             """
@@ -67,9 +79,12 @@ class NameForwardInputs(Rule):
                 def forward(self, input_ids, positions, inputs_embeds=None): ...
 
             class ToyForCausalLM(nn.Module):
-                def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None): ...
+                def forward(
+                    self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None
+                ): ...
             """,
-            line=2, names="intermediate_tensors",
+            line=2,
+            names="intermediate_tensors",
         ),
     ]
 

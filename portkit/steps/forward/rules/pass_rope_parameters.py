@@ -50,7 +50,8 @@ class PassRopeParameters(Rule):
                 def __init__(self, config):
                     self.rotary_emb = get_rope(64, 4096, rope_parameters=None)
             """,
-            line=3, names="rope_parameters",
+            line=3,
+            names="rope_parameters",
             fixed="""
             class ToyAttention(nn.Module):
                 def __init__(self, config):
@@ -68,7 +69,10 @@ class PassRopeParameters(Rule):
         function = self.source.function_of(node)
         near = function is not None and "config" in parameters(function)
         self.report(
-            node, "`get_rope` is called without `rope_parameters`: theta falls back to 10000 and "
+            node,
+            "`get_rope` is called without `rope_parameters`: theta falls back to 10000 and "
             "scaling is lost; pass config.rope_parameters.",
-            replacement=with_keyword(node, "rope_parameters", "config.rope_parameters") if near else None,
+            replacement=with_keyword(node, "rope_parameters", "config.rope_parameters")
+            if near
+            else None,
         )

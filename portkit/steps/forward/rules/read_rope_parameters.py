@@ -61,6 +61,7 @@ class ReadRopeParameters(Rule):
 
     def _say(self, node: cst.CSTNode, what: str) -> None:
         self.report(
-            node, f"`{what}` is where older Transformers kept it: it now stands in "
+            node,
+            f"`{what}` is where older Transformers kept it: it now stands in "
             "config.rope_parameters; pass that dictionary to get_rope.",
         )

@@ -26,7 +26,7 @@ class ReplacePagedAttention(Rule):
     head_dim] and no cache; rotation is `get_rope`'s, ALiBi an argument.
 
     ## Example
-        self.attn = PagedAttentionWithRoPE(self.num_heads, self.head_dim, self.scaling, rotary_dim=64)
+        self.attn = PagedAttentionWithRoPE(self.num_heads, 64, self.scaling, rotary_dim=64)
 
     ## Use instead
         self.rotary_emb = get_rope(self.head_dim, max_position=4096, rope_parameters=parameters)
@@ -45,11 +45,19 @@ class ReplacePagedAttention(Rule):
         Valid("attn = Attention(4, 8, 1.0, alibi_slopes=slopes)\n"),
     ]
     INVALID = [
-        Invalid("attn = PagedAttentionWithALiBi(4, 8, 1.0, slopes)\n", line=1, names="PagedAttentionWithALiBi"),
         Invalid(
-            "from vllm.model_executor.layers.attention import PagedAttentionWithRoPE\n"
-            "attn = PagedAttentionWithRoPE(4, 8, 1.0)\n",
-            line=1, count=2, names="PagedAttentionWithRoPE",
+            "attn = PagedAttentionWithALiBi(4, 8, 1.0, slopes)\n",
+            line=1,
+            names="PagedAttentionWithALiBi",
+        ),
+        Invalid(
+            """
+            from vllm.model_executor.layers.attention import PagedAttentionWithRoPE
+            attn = PagedAttentionWithRoPE(4, 8, 1.0)
+            """,
+            line=1,
+            count=2,
+            names="PagedAttentionWithRoPE",
         ),
         Invalid("attn = PagedAttention(4, 8, 1.0)\n", line=1, names="PagedAttention"),
     ]

@@ -9,7 +9,9 @@ import libcst as cst
 from portkit.lint.finding import Invalid, Valid
 from portkit.lint.rule import Rule
 
-OUTPUT = re.compile(r"^\w*(ModelOutput|OutputWithPast|OutputWithPastAndCrossAttentions|LMOutput\w*)$")
+OUTPUT = re.compile(
+    r"^\w*(ModelOutput|OutputWithPast|OutputWithPastAndCrossAttentions|LMOutput\w*)$"
+)
 
 
 class ReturnPlainTensors(Rule):
@@ -41,13 +43,20 @@ class ReturnPlainTensors(Rule):
     ]
     INVALID = [
         Invalid(
-            "def forward(x):\n    return BaseModelOutputWithPast(last_hidden_state=x)\n", line=2,
+            "def forward(x):\n    return BaseModelOutputWithPast(last_hidden_state=x)\n",
+            line=2,
             names="BaseModelOutputWithPast",
         ),
-        Invalid("def forward(x):\n    return CausalLMOutputWithPast(logits=x)\n", line=2, names="CausalLMOutputWithPast"),
+        Invalid(
+            "def forward(x):\n    return CausalLMOutputWithPast(logits=x)\n",
+            line=2,
+            names="CausalLMOutputWithPast",
+        ),
     ]
 
     def visit_Call(self, node: cst.Call) -> None:
         name = self.source.dotted(node.func).rpartition(".")[2]
         if OUTPUT.match(name):
-            self.report(node, f"`{name}` wraps the result: vLLM wants the tensor of hidden states itself.")
+            self.report(
+                node, f"`{name}` wraps the result: vLLM wants the tensor of hidden states itself."
+            )

@@ -37,7 +37,11 @@ class TakeVllmConfig(Rule):
 
     VALID = [
         Valid(
-            'class ToyForCausalLM(nn.Module):\n    def __init__(self, *, vllm_config, prefix=""):\n        pass\n'
+            """
+            class ToyForCausalLM(nn.Module):
+                def __init__(self, *, vllm_config, prefix=""):
+                    pass
+            """
         ),
         Valid("class ToyLayer(nn.Module):\n    def __init__(self, config): ...\n"),
         Valid("class ToyForCausalLM(LlamaForCausalLM):\n    pass\n"),
@@ -45,7 +49,8 @@ class TakeVllmConfig(Rule):
     INVALID = [
         Invalid(
             "class ToyForCausalLM(nn.Module):\n    def __init__(self, config):\n        pass\n",
-            line=2, names="vllm_config",
+            line=2,
+            names="vllm_config",
         ),
         Invalid(
             """
@@ -57,7 +62,9 @@ class TakeVllmConfig(Rule):
                 def __init__(self, *, vllm_config):
                     self.model = ToyModel(vllm_config=vllm_config)
             """,
-            line=2, count=2, names="ToyModel",
+            line=2,
+            count=2,
+            names="ToyModel",
         ),
     ]
 
@@ -71,13 +78,20 @@ class TakeVllmConfig(Rule):
         missing = [f"`{name}`" for name in ("vllm_config", "prefix") if name not in have]
         if missing and not takes_kwargs(init):
             self.report(
-                init, f"`{facts.name}.__init__` takes no {' and no '.join(missing)}: vLLM builds it with "
+                init,
+                f"`{facts.name}.__init__` takes no {' and no '.join(missing)}: vLLM builds it with "
                 '`(*, vllm_config, prefix="")`.',
             )
         elif not missing:
-            loose = [p.name.value for p in init.params.params if p.name.value in ("vllm_config", "prefix")]
+            loose = [
+                p.name.value
+                for p in init.params.params
+                if p.name.value in ("vllm_config", "prefix")
+            ]
             if loose:
                 self.report(
-                    init, f"`{facts.name}.__init__` takes {' and '.join(f'`{n}`' for n in loose)} by position: "
+                    init,
+                    f"`{facts.name}.__init__` takes {' and '.join(f'`{n}`' for n in loose)} "
+                    "by position: "
                     "vLLM's convention is keyword-only, write `*` after self.",
                 )

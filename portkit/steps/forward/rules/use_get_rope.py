@@ -49,19 +49,34 @@ class UseGetRope(Rule):
                     return self.rotary_emb(positions, q, k)
             """
         ),
-        Valid("class A(nn.Module):\n    def forward(self, x):\n        return self.apply_rotary_emb(x)\n"),
+        Valid(
+            """
+            class A(nn.Module):
+                def forward(self, x):
+                    return self.apply_rotary_emb(x)
+            """
+        ),
         Valid("class ToyRotaryEmbedding(RotaryEmbedding):\n    pass\n"),
     ]
     INVALID = [
         Invalid("def rotate_half(x):\n    return x\n", line=1, names="rotate_half"),
         Invalid(
-            "class ToyAttention(nn.Module):\n    def forward(self, q, k, cos, sin):\n"
-            "        return apply_rotary_pos_emb(q, k, cos, sin)\n",
-            line=3, names="apply_rotary_pos_emb",
+            """
+            class ToyAttention(nn.Module):
+                def forward(self, q, k, cos, sin):
+                    return apply_rotary_pos_emb(q, k, cos, sin)
+            """,
+            line=3,
+            names="apply_rotary_pos_emb",
         ),
         Invalid(
-            "class ToyRotaryEmbedding(nn.Module):\n    def __init__(self, f):\n        self.inv_freq = nn.Buffer(f)\n",
-            line=1, names="ToyRotaryEmbedding",
+            """
+            class ToyRotaryEmbedding(nn.Module):
+                def __init__(self, f):
+                    self.inv_freq = nn.Buffer(f)
+            """,
+            line=1,
+            names="ToyRotaryEmbedding",
         ),
     ]
 
@@ -71,10 +86,16 @@ class UseGetRope(Rule):
 
     def visit_ClassDef(self, node: cst.ClassDef) -> None:
         facts = self.source.classes.get(node.name.value)
-        if facts is not None and facts.node is node and re.search(r"\binv_freq\b", facts.text) and (
-            "torch.nn.Module" in facts.bases and "Rotary" in facts.name
+        if (
+            facts is not None
+            and facts.node is node
+            and re.search(r"\binv_freq\b", facts.text)
+            and ("torch.nn.Module" in facts.bases and "Rotary" in facts.name)
         ):
-            self.report(node, f"`{facts.name}` computes cos and sin by itself: get_rope's layer replaces it.")
+            self.report(
+                node,
+                f"`{facts.name}` computes cos and sin by itself: get_rope's layer replaces it.",
+            )
 
     def visit_Call(self, node: cst.Call) -> None:
         facts = self.source.class_of(node)
@@ -82,6 +103,8 @@ class UseGetRope(Rule):
         name = dotted.rpartition(".")[2]
         if facts is not None and HELPERS.match(name) and not dotted.startswith(("self.", "vllm.")):
             self.report(
-                node, f"`{name}` rotates by hand in `{facts.name}`: write `q, k = self.rotary_emb(positions, q, k)` "
+                node,
+                f"`{name}` rotates by hand in `{facts.name}`: write `q, k = "
+                "self.rotary_emb(positions, q, k)` "
                 "with a layer from get_rope.",
             )

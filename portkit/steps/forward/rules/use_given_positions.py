@@ -37,18 +37,36 @@ class UseGivenPositions(Rule):
     """
 
     VALID = [
-        Valid("class M(nn.Module):\n    def forward(self, positions):\n        return self.wpe(positions)\n"),
+        Valid(
+            """
+            class M(nn.Module):
+                def forward(self, positions):
+                    return self.wpe(positions)
+            """
+        ),
         Valid("class M(nn.Module):\n    def forward(self, x):\n        ids = torch.arange(4)\n"),
-        Valid("class M(nn.Module):\n    def __init__(self):\n        position_ids = torch.arange(4)\n"),
+        Valid(
+            "class M(nn.Module):\n    def __init__(self):\n        position_ids = torch.arange(4)\n"
+        ),
     ]
     INVALID = [
         Invalid(
-            "class M(nn.Module):\n    def forward(self, x):\n        position_ids = torch.arange(x.shape[0])\n",
-            line=3, names="position_ids",
+            """
+            class M(nn.Module):
+                def forward(self, x):
+                    position_ids = torch.arange(x.shape[0])
+            """,
+            line=3,
+            names="position_ids",
         ),
         Invalid(
-            "class M(nn.Module):\n    def forward(self, x):\n        return self.wpe(torch.arange(x.shape[0]))\n",
-            line=3, names="torch.arange",
+            """
+            class M(nn.Module):
+                def forward(self, x):
+                    return self.wpe(torch.arange(x.shape[0]))
+            """,
+            line=3,
+            names="torch.arange",
         ),
     ]
 
@@ -58,11 +76,17 @@ class UseGivenPositions(Rule):
         if dotted != "torch.arange" and method != "cumsum" and dotted != "torch.cumsum":
             return
         function = self.source.function_of(node)
-        if function is None or function.name.value != "forward" or self.source.class_of(node) is None:
+        if (
+            function is None
+            or function.name.value != "forward"
+            or self.source.class_of(node) is None
+        ):
             return
         for parent in self.source.ancestors(node):
             if isinstance(parent, (cst.Assign, cst.AnnAssign)):
-                target = parent.targets[0].target if isinstance(parent, cst.Assign) else parent.target
+                target = (
+                    parent.targets[0].target if isinstance(parent, cst.Assign) else parent.target
+                )
                 name = self.source.code(target)
             elif isinstance(parent, cst.Call):
                 name = self.source.dotted(parent.func).rpartition(".")[2]
@@ -73,7 +97,8 @@ class UseGivenPositions(Rule):
             if POSITION.search(name):
                 what = f"`{name}`" if not isinstance(parent, cst.Call) else f"the input of `{name}`"
                 self.report(
-                    node, f"{what} is counted with `{dotted or method}`: use the `positions` argument "
+                    node,
+                    f"{what} is counted with `{dotted or method}`: use the `positions` argument "
                     "that vLLM passes; counting is wrong in batches, chunks and decoding.",
                 )
                 return

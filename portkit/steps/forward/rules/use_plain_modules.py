@@ -51,9 +51,15 @@ class UsePlainModules(Rule):
                 def __init__(self):
                     self.post_init()
             """,
-            line=1, count=4, names="PreTrainedModel",
+            line=1,
+            count=4,
+            names="PreTrainedModel",
         ),
-        Invalid("class ToyForCausalLM(nn.Module, GenerationMixin):\n    pass\n", line=1, names="GenerationMixin"),
+        Invalid(
+            "class ToyForCausalLM(nn.Module, GenerationMixin):\n    pass\n",
+            line=1,
+            names="GenerationMixin",
+        ),
     ]
 
     def visit_ClassDef(self, node: cst.ClassDef) -> None:
@@ -63,16 +69,22 @@ class UsePlainModules(Rule):
         for base in facts.bases:
             name = base.rpartition(".")[2]
             if name in BASES:
-                self.report(node, f"`{facts.name}` derives from `{name}`: use nn.Module; {BASES[name]}.")
+                self.report(
+                    node, f"`{facts.name}` derives from `{name}`: use nn.Module; {BASES[name]}."
+                )
             elif name in self.source.classes and self._is_hf(name):
                 self.report(
-                    node, f"`{facts.name}` derives from `{name}`, a PreTrainedModel: use nn.Module; "
+                    node,
+                    f"`{facts.name}` derives from `{name}`, a PreTrainedModel: use nn.Module; "
                     f"{BASES['PreTrainedModel']}.",
                 )
 
     def visit_Call(self, node: cst.Call) -> None:
         if self.source.dotted(node.func) == "self.post_init":
-            self.report(node, "`self.post_init()` initialises weights for training: drop it; they are loaded.")
+            self.report(
+                node,
+                "`self.post_init()` initialises weights for training: drop it; they are loaded.",
+            )
 
     def _is_hf(self, name: str, depth: int = 5) -> bool:
         facts = self.source.classes.get(name)

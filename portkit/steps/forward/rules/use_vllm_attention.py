@@ -10,8 +10,13 @@ from portkit.lint.rule import Rule
 DEFINITIONS = frozenset({"eager_attention_forward", "repeat_kv"})
 CALLS = frozenset(
     {
-        "eager_attention_forward", "repeat_kv", "scaled_dot_product_attention", "flash_attn_func",
-        "flash_attn_varlen_func", "_flash_attention_forward", "flex_attention",
+        "eager_attention_forward",
+        "repeat_kv",
+        "scaled_dot_product_attention",
+        "flash_attn_func",
+        "flash_attn_varlen_func",
+        "_flash_attention_forward",
+        "flex_attention",
     }
 )
 
@@ -55,13 +60,23 @@ class UseVllmAttention(Rule):
                     return self.attn(q, k, v)
             """
         ),
-        Valid("class ToyRouter(nn.Module):\n    def forward(self, x):\n        return torch.softmax(x, -1)\n"),
+        Valid(
+            """
+            class ToyRouter(nn.Module):
+                def forward(self, x):
+                    return torch.softmax(x, -1)
+            """
+        ),
     ]
     INVALID = [
         Invalid(
-            "class ToyAttention(nn.Module):\n    def forward(self, q, k, v):\n"
-            "        return F.scaled_dot_product_attention(q, k, v)\n",
-            line=3, names="scaled_dot_product_attention",
+            """
+            class ToyAttention(nn.Module):
+                def forward(self, q, k, v):
+                    return F.scaled_dot_product_attention(q, k, v)
+            """,
+            line=3,
+            names="scaled_dot_product_attention",
         ),
         Invalid(
             """
@@ -73,18 +88,28 @@ class UseVllmAttention(Rule):
                     interface = ALL_ATTENTION_FUNCTIONS["sdpa"]
                     return interface(self, q, k, v)
             """,
-            line=1, count=2, names="repeat_kv",
+            line=1,
+            count=2,
+            names="repeat_kv",
         ),
         Invalid(
-            "class ToyAttention(nn.Module):\n    def forward(self, q, k, v):\n"
-            "        return nn.functional.softmax(q @ k, dim=-1) @ v\n",
-            line=3, names="softmax",
+            """
+            class ToyAttention(nn.Module):
+                def forward(self, q, k, v):
+                    return nn.functional.softmax(q @ k, dim=-1) @ v
+            """,
+            line=3,
+            names="softmax",
         ),
     ]
 
     def visit_FunctionDef(self, node: cst.FunctionDef) -> None:
         if node.name.value in DEFINITIONS and self.source.class_of(node) is None:
-            self.report(node, f"`{node.name.value}` is Transformers' own attention: vLLM's Attention replaces it.")
+            self.report(
+                node,
+                f"`{node.name.value}` is Transformers' own attention: vLLM's Attention "
+                "replaces it.",
+            )
 
     def visit_Call(self, node: cst.Call) -> None:
         facts = self.source.class_of(node)
@@ -92,16 +117,25 @@ class UseVllmAttention(Rule):
             return
         name = self.source.dotted(node.func).rpartition(".")[2]
         if name in CALLS:
-            self.report(node, f"`{name}` cannot see the paged KV cache: call vLLM's Attention layer instead.")
-        elif name == "softmax" and "Attention" in facts.name and "Attention(" not in facts.text.partition("\n")[2]:
             self.report(
-                node, f"`softmax` in `{facts.name}` computes attention by hand: vLLM's Attention "
+                node,
+                f"`{name}` cannot see the paged KV cache: call vLLM's Attention layer instead.",
+            )
+        elif (
+            name == "softmax"
+            and "Attention" in facts.name
+            and "Attention(" not in facts.text.partition("\n")[2]
+        ):
+            self.report(
+                node,
+                f"`softmax` in `{facts.name}` computes attention by hand: vLLM's Attention "
                 "layer does it over the paged KV cache.",
             )
 
     def visit_Name(self, node: cst.Name) -> None:
         if node.value == "ALL_ATTENTION_FUNCTIONS" and self.source.class_of(node) is not None:
             self.report(
-                node, "`ALL_ATTENTION_FUNCTIONS` is Transformers' choice of kernels: vLLM's Attention "
+                node,
+                "`ALL_ATTENTION_FUNCTIONS` is Transformers' choice of kernels: vLLM's Attention "
                 "layer chooses its own and reads the paged KV cache.",
             )

@@ -44,15 +44,22 @@ class DefineRegister(Rule):
     ]
     INVALID = [
         Invalid('"""A plugin."""\n', line=1, names="register"),
-        Invalid("def register(registry):\n    registry.register_model()\n", line=1, names="registry"),
+        Invalid(
+            "def register(registry):\n    registry.register_model()\n", line=1, names="registry"
+        ),
     ]
 
     def visit_Module(self, node: cst.Module) -> None:
         function = self.source.functions.get("register")
         if function is None:
             if "register" not in self.source.aliases:
-                self.report(node, "There is no `register()` here: vLLM calls it through the entry point.")
+                self.report(
+                    node, "There is no `register()` here: vLLM calls it through the entry point."
+                )
             return
         needed = [p.name.value for p in function.params.params if p.default is None]
         if needed:
-            self.report(function, f"`register` asks for `{', '.join(needed)}`: vLLM calls it without arguments.")
+            self.report(
+                function,
+                f"`register` asks for `{', '.join(needed)}`: vLLM calls it without arguments.",
+            )

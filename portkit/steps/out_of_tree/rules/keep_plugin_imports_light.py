@@ -46,10 +46,14 @@ class KeepPluginImportsLight(Rule):
     INVALID = [
         Invalid("import torch\n", line=1, names="torch"),
         Invalid(
-            "from .modeling_toy import ToyForCausalLM\n", line=1, names="modeling_toy",
+            "from .modeling_toy import ToyForCausalLM\n",
+            line=1,
+            names="modeling_toy",
             given=PortContext(package="vllm_toy", module="vllm_toy.modeling_toy"),
         ),
-        Invalid("def register():\n    import torch\n    torch.cuda.init()\n", line=3, names="torch.cuda"),
+        Invalid(
+            "def register():\n    import torch\n    torch.cuda.init()\n", line=3, names="torch.cuda"
+        ),
     ]
 
     def visit_Import(self, node: cst.Import) -> None:
@@ -59,7 +63,11 @@ class KeepPluginImportsLight(Rule):
     def visit_ImportFrom(self, node: cst.ImportFrom) -> None:
         module = self.source.code(node.module) if node.module else ""
         if node.relative:
-            names = [a.evaluated_name for a in node.names] if not isinstance(node.names, cst.ImportStar) else []
+            names = (
+                [a.evaluated_name for a in node.names]
+                if not isinstance(node.names, cst.ImportStar)
+                else []
+            )
             modeling = self.port.module.rpartition(".")[2] or "modeling_"
             if any(name.startswith(modeling) for name in (module, *names)):
                 self._look(node, "." + (module or modeling), always=True)
@@ -69,7 +77,11 @@ class KeepPluginImportsLight(Rule):
     def visit_Call(self, node: cst.Call) -> None:
         dotted = self.source.dotted(node.func)
         if dotted.startswith("torch.cuda."):
-            self.report(node, f"`{dotted}` may initialise CUDA in a process that forks: keep it out of the plugin.")
+            self.report(
+                node,
+                f"`{dotted}` may initialise CUDA in a process that forks: keep it out of "
+                "the plugin.",
+            )
 
     def _look(self, node: cst.CSTNode, module: str, always: bool = False) -> None:
         if not always and module.partition(".")[0] not in HEAVY:
@@ -79,4 +91,7 @@ class KeepPluginImportsLight(Rule):
                 return
             if isinstance(parent, cst.If) and "TYPE_CHECKING" in self.source.code(parent.test):
                 return
-        self.report(node, f"`{module}` is imported when the plugin is: import it inside register(), if at all.")
+        self.report(
+            node,
+            f"`{module}` is imported when the plugin is: import it inside register(), if at all.",
+        )

@@ -43,18 +43,26 @@ class MatchArchitecture(Rule):
         Valid('def register():\n    ModelRegistry.register_model("ToyForCausalLM", "m:C")\n', TOY),
         Valid('def register():\n    ModelRegistry.register_model("Anything", "m:C")\n'),
         Valid(
-            "def register():\n    ModelRegistry.register_model('Other', 'm:D')\n"
-            "    ModelRegistry.register_model('ToyForCausalLM', 'm:C')\n", TOY,
+            """
+            def register():
+                ModelRegistry.register_model('Other', 'm:D')
+                ModelRegistry.register_model('ToyForCausalLM', 'm:C')
+            """,
+            TOY,
         ),
     ]
     INVALID = [
         Invalid(
-            'def register():\n    ModelRegistry.register_model("ToyForCausalLm", "m:C")\n', line=2,
-            names="ToyForCausalLm", given=TOY,
+            'def register():\n    ModelRegistry.register_model("ToyForCausalLm", "m:C")\n',
+            line=2,
+            names="ToyForCausalLm",
+            given=TOY,
             fixed='def register():\n    ModelRegistry.register_model("ToyForCausalLM", "m:C")\n',
         ),
         Invalid(
-            'def register():\n    ModelRegistry.register_model("Toy", "m:C")\n', line=2, names="Toy",
+            'def register():\n    ModelRegistry.register_model("Toy", "m:C")\n',
+            line=2,
+            names="Toy",
             given=PortContext(architectures=("AForCausalLM", "BForCausalLM")),
         ),
     ]
@@ -75,7 +83,10 @@ class MatchArchitecture(Rule):
             return
         close = difflib.get_close_matches(written[0], wanted, n=1, cutoff=0.0)[0]
         self.report(
-            self.calls[0], f'"{written[0]}" is not what config.json says ("{close}"): vLLM would never ask for '
+            self.calls[0],
+            f'"{written[0]}" is not what config.json says ("{close}"): vLLM would never ask for '
             "this class.",
-            replacement=cst.SimpleString(f'"{close}"') if len(wanted) == len(written) == 1 else None,
+            replacement=cst.SimpleString(f'"{close}"')
+            if len(wanted) == len(written) == 1
+            else None,
         )

@@ -50,21 +50,41 @@ class NameTheEntryPoint(TextRule):
 
     VALID = [
         Valid(RIGHT, TOY),
-        Valid('[project.entry-points]\n"vllm.general_plugins" = { toy = "vllm_toy:register" }\n', TOY),
-        Valid('[project.entry-points."vllm.general_plugins"]\ntoy = "elsewhere.plugin:add_models"\n'),
+        Valid(
+            '[project.entry-points]\n"vllm.general_plugins" = { toy = "vllm_toy:register" }\n', TOY
+        ),
+        Valid(
+            '[project.entry-points."vllm.general_plugins"]\ntoy = "elsewhere.plugin:add_models"\n'
+        ),
     ]
     INVALID = [
         Invalid(
-            RIGHT.replace("general_plugins", "general_plugin"), line=4, given=TOY, names="vllm.general_plugin",
+            RIGHT.replace("general_plugins", "general_plugin"),
+            line=4,
+            given=TOY,
+            names="vllm.general_plugin",
             fixed=RIGHT,
         ),
         Invalid(
-            RIGHT.replace('"vllm.general_plugins"', "vllm.general_plugins"), line=4, given=TOY, names=GROUP,
+            RIGHT.replace('"vllm.general_plugins"', "vllm.general_plugins"),
+            line=4,
+            given=TOY,
+            names=GROUP,
             fixed=RIGHT,
         ),
         Invalid('[project]\nname = "vllm-toy"\n', line=1, given=TOY, names=GROUP),
-        Invalid(RIGHT.replace("vllm_toy:register", "vllm_toi:register"), line=5, given=TOY, names="vllm_toi"),
-        Invalid(RIGHT.replace("vllm_toy:register", "vllm_toy.register"), line=5, given=TOY, names="vllm_toy.register"),
+        Invalid(
+            RIGHT.replace("vllm_toy:register", "vllm_toi:register"),
+            line=5,
+            given=TOY,
+            names="vllm_toi",
+        ),
+        Invalid(
+            RIGHT.replace("vllm_toy:register", "vllm_toy.register"),
+            line=5,
+            given=TOY,
+            names="vllm_toy.register",
+        ),
     ]
 
     def check(self, text: str) -> None:
@@ -72,7 +92,9 @@ class NameTheEntryPoint(TextRule):
             groups = tomllib.loads(text).get("project", {}).get("entry-points", {})
         except tomllib.TOMLDecodeError as error:
             where = re.search(r"line (\d+)", str(error))
-            self.report_line(int(where[1]) if where else 1, f"pyproject.toml is not valid TOML: {error}.")
+            self.report_line(
+                int(where[1]) if where else 1, f"pyproject.toml is not valid TOML: {error}."
+            )
             return
         group = groups.get(GROUP) if isinstance(groups, dict) else None
         if group is None:
@@ -87,15 +109,24 @@ class NameTheEntryPoint(TextRule):
                 lines = text.splitlines(keepends=True)
                 lines[number - 1] = line.replace(header[1], f'"{GROUP}"') + "\n"
                 self.report_line(
-                    number, f'The group is written {header[1]}: vLLM looks for "{GROUP}", in quotes.', "".join(lines)
+                    number,
+                    f'The group is written {header[1]}: vLLM looks for "{GROUP}", in quotes.',
+                    "".join(lines),
                 )
                 return
-        self.report_line(1, f'There is no entry-point group "{GROUP}": vLLM never learns of the plugin.')
+        self.report_line(
+            1, f'There is no entry-point group "{GROUP}": vLLM never learns of the plugin.'
+        )
 
     def _entry(self, text: str, name: str, value: str) -> None:
         number = next((n for n, line in enumerate(text.splitlines(), 1) if f'"{value}"' in line), 1)
         module, colon, function = value.partition(":")
         if not colon or not function:
-            self.report_line(number, f'"{value}" of `{name}` names no function: write "module:register".')
+            self.report_line(
+                number, f'"{value}" of `{name}` names no function: write "module:register".'
+            )
         elif self.port.package and module.partition(".")[0] != self.port.package:
-            self.report_line(number, f'"{value}" of `{name}` is not in the port\'s package `{self.port.package}`.')
+            self.report_line(
+                number,
+                f'"{value}" of `{name}` is not in the port\'s package `{self.port.package}`.',
+            )

@@ -40,8 +40,16 @@ class RegisterByLazyString(Rule):
     fix_safety = "safe"
 
     VALID = [
-        Valid('def register():\n    ModelRegistry.register_model("T", "vllm_toy.modeling_toy:T")\n'),
-        Valid("def register():\n    for name, place in MODELS.items():\n        ModelRegistry.register_model(name, place)\n"),
+        Valid(
+            'def register():\n    ModelRegistry.register_model("T", "vllm_toy.modeling_toy:T")\n'
+        ),
+        Valid(
+            """
+            def register():
+                for name, place in MODELS.items():
+                    ModelRegistry.register_model(name, place)
+            """
+        ),
     ]
     INVALID = [
         Invalid(
@@ -49,23 +57,31 @@ class RegisterByLazyString(Rule):
             def register():
                 from vllm import ModelRegistry
                 from .modeling_toy import ToyForCausalLM
-                ModelRegistry.register_model("ToyForCausalLM", ToyForCausalLM)
+                ModelRegistry.register_model("Toy", ToyForCausalLM)
             """,
-            line=4, names="ToyForCausalLM", given=HERE,
+            line=4,
+            names="ToyForCausalLM",
+            given=HERE,
             fixed="""
             def register():
                 from vllm import ModelRegistry
                 from .modeling_toy import ToyForCausalLM
-                ModelRegistry.register_model("ToyForCausalLM", "vllm_toy.modeling_toy:ToyForCausalLM")
+                ModelRegistry.register_model("Toy", "vllm_toy.modeling_toy:ToyForCausalLM")
             """,
         ),
         Invalid(
-            'def register():\n    ModelRegistry.register_model("T", "vllm_toy.modeling_toy.T")\n', line=2,
+            'def register():\n    ModelRegistry.register_model("T", "vllm_toy.modeling_toy.T")\n',
+            line=2,
             names="vllm_toy.modeling_toy.T",
-            fixed='def register():\n    ModelRegistry.register_model("T", "vllm_toy.modeling_toy:T")\n',
+            fixed="""
+            def register():
+                ModelRegistry.register_model("T", "vllm_toy.modeling_toy:T")
+            """,
         ),
         Invalid(
-            "class Toy: ...\ndef register():\n    ModelRegistry.register_model('Toy', Toy)\n", line=3, names="Toy",
+            "class Toy: ...\ndef register():\n    ModelRegistry.register_model('Toy', Toy)\n",
+            line=3,
+            names="Toy",
         ),
     ]
 
@@ -81,8 +97,11 @@ class RegisterByLazyString(Rule):
             if text.count(":") != 1:
                 module, _, name = text.replace(":", ".").rpartition(".")
                 self.report(
-                    place, f'"{text}" is not "module:Class": vLLM splits it at one colon.',
-                    replacement=cst.SimpleString(f'"{module}:{name}"') if module and ":" not in text else None,
+                    place,
+                    f'"{text}" is not "module:Class": vLLM splits it at one colon.',
+                    replacement=cst.SimpleString(f'"{module}:{name}"')
+                    if module and ":" not in text
+                    else None,
                 )
         elif isinstance(place, (cst.Name, cst.Attribute)):
             self._class(place)
@@ -98,6 +117,8 @@ class RegisterByLazyString(Rule):
         known = bool(module) and not module.startswith(".")
         lazy = f'"{module}:{name}"' if known else f'"module:{name}"'
         self.report(
-            place, f"`{written}` is the class itself: pass the string {lazy}, so that registering imports nothing.",
+            place,
+            f"`{written}` is the class itself: pass the string {lazy}, so that "
+            "registering imports nothing.",
             replacement=cst.SimpleString(lazy) if known else None,
         )

@@ -44,9 +44,14 @@ class UseModelRegistry(Rule):
     INVALID = [
         Invalid('_MODELS["T"] = ("toy", "T")\n', line=1, names="_MODELS"),
         Invalid(
-            "from vllm.model_executor.models import registry\n\n"
-            "def register():\n    registry._VLLM_MODELS['T'] = ('toy', 'T')\n",
-            line=4, names="_VLLM_MODELS",
+            """
+            from vllm.model_executor.models import registry
+
+            def register():
+                registry._VLLM_MODELS['T'] = ('toy', 'T')
+            """,
+            line=4,
+            names="_VLLM_MODELS",
         ),
         Invalid("def register():\n    _MODELS.update(T=('toy', 'T'))\n", line=2, names="_MODELS"),
     ]
@@ -56,10 +61,15 @@ class UseModelRegistry(Rule):
             self._look(node, node.target.value)
 
     def visit_Call(self, node: cst.Call) -> None:
-        if isinstance(node.func, cst.Attribute) and node.func.attr.value in ("update", "setdefault"):
+        if isinstance(node.func, cst.Attribute) and node.func.attr.value in (
+            "update",
+            "setdefault",
+        ):
             self._look(node, node.func.value)
 
     def _look(self, node: cst.CSTNode, table: cst.BaseExpression) -> None:
         written = self.source.code(table)
         if TABLES.search(written):
-            self.report(node, f"`{written}` is vLLM's own table: call ModelRegistry.register_model instead.")
+            self.report(
+                node, f"`{written}` is vLLM's own table: call ModelRegistry.register_model instead."
+            )

@@ -61,7 +61,8 @@ class CompileTheModel(Rule):
             class ToyForCausalLM(nn.Module):
                 pass
             """,
-            line=3, names="ToyModel",
+            line=3,
+            names="ToyModel",
             fixed=f"""
             from torch import nn
             from {HOME} import support_torch_compile
@@ -86,7 +87,8 @@ class CompileTheModel(Rule):
                 def __init__(self):
                     self.model = ToyBackModel()
             """,
-            line=4, names="ToyBackModel",
+            line=4,
+            names="ToyBackModel",
             fixed=f"""
             from {HOME} import support_torch_compile
             class ToyDecoder(nn.Module):
@@ -107,12 +109,16 @@ class CompileTheModel(Rule):
         inner = self.source.backbone
         if inner is None or inner.has_base_elsewhere:
             return
-        if any("support_torch_compile" in self.source.code(d)
-               for facts in self.source.classes.values() for d in facts.node.decorators):
+        if any(
+            "support_torch_compile" in self.source.code(d)
+            for facts in self.source.classes.values()
+            for d in facts.node.decorators
+        ):
             return
         decorator = cst.Decorator(cst.Name("support_torch_compile"))
         self.report(
-            inner.node, f"`{inner.name}` has no `@support_torch_compile`: the engine would run it eagerly.",
+            inner.node,
+            f"`{inner.name}` has no `@support_torch_compile`: the engine would run it eagerly.",
             replacement=inner.node.with_changes(decorators=[decorator, *inner.node.decorators]),
             imports=((HOME, "support_torch_compile"),),
         )

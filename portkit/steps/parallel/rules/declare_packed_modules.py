@@ -81,7 +81,8 @@ class DeclarePackedModules(Rule):
             class ToyForCausalLM(nn.Module):
                 pass
             """,
-            line=3, names="qkv_proj",
+            line=3,
+            names="qkv_proj",
         ),
         Invalid(
             """
@@ -92,7 +93,8 @@ class DeclarePackedModules(Rule):
             class ToyForCausalLM(nn.Module):
                 packed_modules_mapping = {"gate_up_proj": ["gate_proj"]}
             """,
-            line=6, names="gate_up_proj",
+            line=6,
+            names="gate_up_proj",
         ),
     ]
 
@@ -112,16 +114,23 @@ class DeclarePackedModules(Rule):
                 if self._fused_by_port(name):
                     reported.add(name)
                     self.report(
-                        layer.call, f"`{name}` is fused but not in `{top.name}.packed_modules_mapping`: add "
+                        layer.call,
+                        f"`{name}` is fused but not in `{top.name}.packed_modules_mapping`: add "
                         f'"{name}": [the checkpoint\'s names, in order].',
                     )
-            elif (parts := self._parts(layer)) and len(declared[name].elements) not in (parts, 1):
-                self._too_few(declared[name], name, parts)
-            elif parts and len(declared[name].elements) == 1 and self._only(declared[name]) != name:
+            elif (
+                (parts := self._parts(layer)) and len(declared[name].elements) not in (parts, 1)
+            ) or (
+                parts and len(declared[name].elements) == 1 and self._only(declared[name]) != name
+            ):
                 self._too_few(declared[name], name, parts)
 
     def _too_few(self, node: cst.CSTNode, name: str, parts: int) -> None:
-        self.report(node, f'packed_modules_mapping["{name}"] is {self.source.code(node)}, but the layer has {parts} parts.')
+        self.report(
+            node,
+            f'packed_modules_mapping["{name}"] is {self.source.code(node)}, but the '
+            f"layer has {parts} parts.",
+        )
 
     def _declared(self, top: ClassFacts) -> dict[str, cst.List] | None:
         """Literal entries of the mapping; {} if there is none; None if it is computed."""
@@ -132,7 +141,9 @@ class DeclarePackedModules(Rule):
             return None
         found = {}
         for element in value.elements:
-            if not isinstance(element, cst.DictElement) or not isinstance(element.key, cst.SimpleString):
+            if not isinstance(element, cst.DictElement) or not isinstance(
+                element.key, cst.SimpleString
+            ):
                 return None
             if isinstance(element.value, (cst.List, cst.Tuple)):
                 found[str(element.key.evaluated_value)] = element.value
@@ -156,5 +167,7 @@ class DeclarePackedModules(Rule):
             return len(sizes.elements)
         if isinstance(sizes, cst.BinaryOperation) and isinstance(sizes.left, cst.List):
             times = sizes.right
-            return len(sizes.left.elements) * int(times.value) if isinstance(times, cst.Integer) else 0
+            return (
+                len(sizes.left.elements) * int(times.value) if isinstance(times, cst.Integer) else 0
+            )
         return 0

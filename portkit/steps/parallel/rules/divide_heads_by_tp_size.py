@@ -10,7 +10,9 @@ from portkit.lint.finding import Invalid, Valid
 from portkit.lint.rule import Rule
 from portkit.lint.source import argument
 
-SHARED = re.compile(r"tp_(world_)?size|tensor_model_parallel_world_size|\bdivide\(|tp_world|\.num_heads\b.*//")
+SHARED = re.compile(
+    r"tp_(world_)?size|tensor_model_parallel_world_size|\bdivide\(|tp_world|\.num_heads\b.*//"
+)
 SPLITTING = ("QKVParallelLinear", "ColumnParallelLinear", "MergedColumnParallelLinear")
 WHOLE = re.compile(r"total_num_heads|config\.(num_attention_heads|n_head|num_heads)\b")
 
@@ -70,7 +72,8 @@ class DivideHeadsByTpSize(Rule):
                     self.qkv_proj = QKVParallelLinear(4, 2, self.num_heads)
                     self.attn = Attention(self.num_heads, 2, 1.0)
             """,
-            line=5, names="self.num_heads",
+            line=5,
+            names="self.num_heads",
         ),
         Invalid(
             """
@@ -81,7 +84,8 @@ class DivideHeadsByTpSize(Rule):
                     self.qkv_proj = QKVParallelLinear(4, 2, self.total_num_heads)
                     self.attn = Attention(self.total_num_heads, 2, 1.0)
             """,
-            line=6, names="self.total_num_heads",
+            line=6,
+            names="self.total_num_heads",
         ),
     ]
 
@@ -89,7 +93,9 @@ class DivideHeadsByTpSize(Rule):
         for facts, layer in self.source.layers:
             if self.source.vllm_name(layer.call.func) != "Attention":
                 continue
-            splits = any(self.source.vllm_name(other.call.func) in SPLITTING for other in facts.layers)
+            splits = any(
+                self.source.vllm_name(other.call.func) in SPLITTING for other in facts.layers
+            )
             heads = argument(layer.call, 0, "num_heads")
             if not splits or heads is None:
                 continue
@@ -103,7 +109,8 @@ class DivideHeadsByTpSize(Rule):
             else:
                 continue
             self.report(
-                layer.call, f"`{layer.attribute}` gets `{text}` heads, {why}: each rank has "
+                layer.call,
+                f"`{layer.attribute}` gets `{text}` heads, {why}: each rank has "
                 "num_heads // get_tensor_model_parallel_world_size().",
             )
 

@@ -25,7 +25,8 @@ class GatherBeforeWideQkNorm(Rule):
         self.q_norm = RMSNorm(self.num_heads * self.head_dim)
 
     ## Use instead
-        q = self.q_norm(tensor_model_parallel_all_gather(q.contiguous()))   # then take this rank's part
+        q = self.q_norm(tensor_model_parallel_all_gather(q.contiguous()))
+        q = split_tensor_along_last_dim(q, tp_size)[tp_rank]
 
     ## Fix safety
     None: see `_apply_qk_norm` in vLLM's olmoe.py.
@@ -62,7 +63,8 @@ class GatherBeforeWideQkNorm(Rule):
                     self.qkv_proj = QKVParallelLinear(4, 2, 2)
                     self.q_norm = RMSNorm(self.num_heads * self.head_dim)
             """,
-            line=4, names="q_norm",
+            line=4,
+            names="q_norm",
         ),
         Invalid(
             """
@@ -71,21 +73,29 @@ class GatherBeforeWideQkNorm(Rule):
                     self.qkv_proj = QKVParallelLinear(4, 2, 2)
                     self.k_norm = RMSNorm(self.total_num_kv_heads * self.head_dim, eps=1e-5)
             """,
-            line=4, names="k_norm",
+            line=4,
+            names="k_norm",
         ),
     ]
 
     def visit_Module(self, node: cst.Module) -> None:
         for facts, layer in self.source.layers:
-            if layer.attribute not in ("q_norm", "k_norm", "q_layernorm", "k_layernorm") or not layer.call.args:
+            if (
+                layer.attribute not in ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
+                or not layer.call.args
+            ):
                 continue
             if layer.name not in ("RMSNorm", "LayerNorm", "GemmaRMSNorm"):
                 continue  # a class of its own may reduce over ranks by itself
             width = self.source.code(layer.call.args[0].value)
             if not re.search(r"heads\s*\*|\*\s*\S*heads", width) or "gather" in facts.text:
                 continue
-            if any(self.source.vllm_name(o.call.func) in ("QKVParallelLinear", "ColumnParallelLinear") for o in facts.layers):
+            if any(
+                self.source.vllm_name(o.call.func) in ("QKVParallelLinear", "ColumnParallelLinear")
+                for o in facts.layers
+            ):
                 self.report(
-                    layer.call, f"`{layer.attribute}` normalises over {width}, but each rank has a part of the "
+                    layer.call,
+                    f"`{layer.attribute}` normalises over {width}, but each rank has a part of the "
                     "heads: all-gather before it, and take this rank's part after.",
                 )

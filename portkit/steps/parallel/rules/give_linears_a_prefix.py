@@ -37,7 +37,13 @@ class GiveLinearsAPrefix(Rule):
     fix_safety = "safe"
 
     VALID = [
-        Valid('class A(nn.Module):\n    def __init__(self, prefix):\n        self.o = RowParallelLinear(4, 4, prefix=f"{prefix}.o")\n'),
+        Valid(
+            """
+            class A(nn.Module):
+                def __init__(self, prefix):
+                    self.o = RowParallelLinear(4, 4, prefix=f"{prefix}.o")
+            """
+        ),
         Valid("class A(nn.Module):\n    def __init__(self):\n        self.o = nn.Linear(4, 4)\n"),
     ]
     INVALID = [
@@ -47,7 +53,8 @@ class GiveLinearsAPrefix(Rule):
                 def __init__(self, prefix=""):
                     self.o_proj = RowParallelLinear(4, 4)
             """,
-            line=3, names="o_proj",
+            line=3,
+            names="o_proj",
             fixed="""
             class A(nn.Module):
                 def __init__(self, prefix=""):
@@ -62,7 +69,8 @@ class GiveLinearsAPrefix(Rule):
                 def __init__(self, *, vllm_config, prefix=""):
                     self.lm_head = ParallelLMHead(8, 4)
             """,
-            line=5, names="lm_head",
+            line=5,
+            names="lm_head",
             fixed="""
             from vllm.model_executor.models.utils import maybe_prefix
 
@@ -80,16 +88,24 @@ class GiveLinearsAPrefix(Rule):
                 continue
             if keyword(layer.call, "prefix") is not None or unpacks(layer.call):
                 continue
-            if any("prefix" in self.source.code(a.value) for a in layer.call.args if a.keyword is None):
+            if any(
+                "prefix" in self.source.code(a.value) for a in layer.call.args if a.keyword is None
+            ):
                 continue
             function = self.source.function_of(layer.call)
             near = function is not None and "prefix" in parameters(function)
             outermost = facts is self.source.top
-            value = f'maybe_prefix(prefix, "{layer.attribute}")' if outermost else f'f"{{prefix}}.{layer.attribute}"'
+            value = (
+                f'maybe_prefix(prefix, "{layer.attribute}")'
+                if outermost
+                else f'f"{{prefix}}.{layer.attribute}"'
+            )
             self.report(
-                layer.call, f"`{layer.attribute}` is built without `prefix`: quantisation cannot find it by "
+                layer.call,
+                f"`{layer.attribute}` is built without `prefix`: quantisation cannot find it by "
                 f"name; pass prefix={value}.",
                 replacement=with_keyword(layer.call, "prefix", value) if near else None,
                 imports=(("vllm.model_executor.models.utils", "maybe_prefix"),)
-                if outermost and "maybe_prefix" not in self.source.aliases else (),
+                if outermost and "maybe_prefix" not in self.source.aliases
+                else (),
             )

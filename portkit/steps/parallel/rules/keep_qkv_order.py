@@ -42,19 +42,24 @@ class KeepQkvOrder(Rule):
     ]
     INVALID = [
         Invalid("q, v, k = qkv.split([4, 4, 4], dim=-1)\n", line=1, names="q, v, k"),
-        Invalid("key, query, value = qkv.chunk(chunks=3, dim=-1)\n", line=1, names="key, query, value"),
+        Invalid(
+            "key, query, value = qkv.chunk(chunks=3, dim=-1)\n", line=1, names="key, query, value"
+        ),
     ]
 
     def visit_Assign(self, node: cst.Assign) -> None:
         target, value = node.targets[0].target, node.value
         if not (isinstance(target, cst.Tuple) and isinstance(value, cst.Call)):
             return
-        if not (isinstance(value.func, cst.Attribute) and value.func.attr.value in ("split", "chunk")):
+        if not (
+            isinstance(value.func, cst.Attribute) and value.func.attr.value in ("split", "chunk")
+        ):
             return
         names = [self.source.code(e.value) for e in target.elements]
         kinds = [(m[1] or m[2][0]) if (m := KIND.match(name)) else "" for name in names]
         if sorted(kinds) == ["k", "q", "v"] and kinds != ["q", "k", "v"]:
             self.report(
-                node, f"`{', '.join(names)}` is not the order of `{self.source.code(value.func.value)}`: "
+                node,
+                f"`{', '.join(names)}` is not the order of `{self.source.code(value.func.value)}`: "
                 "vLLM's fused projection gives q, k, v.",
             )

@@ -15,7 +15,8 @@ class PassQuantConfig(Rule):
 
     ## What it does
     Reports vLLM linear layers built without `quant_config`, but for routers
-    (`gate`, `router`) and convolutions kept as linears (`conv1d`). To leave a layer unquantised on purpose, pass `quant_config=None`.
+    (`gate`, `router`) and convolutions kept as linears (`conv1d`). To leave a layer
+    unquantised on purpose, pass `quant_config=None`.
 
     ## Why vLLM wants it
     The layer asks it for its method of storing and multiplying weights. Without it the layer
@@ -40,11 +41,26 @@ class PassQuantConfig(Rule):
 
     VALID = [
         Valid(
-            "class A(nn.Module):\n    def __init__(self, quant_config):\n"
-            "        self.o = RowParallelLinear(4, 4, quant_config=quant_config)\n"
+            """
+            class A(nn.Module):
+                def __init__(self, quant_config):
+                    self.o = RowParallelLinear(4, 4, quant_config=quant_config)
+            """
         ),
-        Valid("class A(nn.Module):\n    def __init__(self):\n        self.gate = ReplicatedLinear(4, 4)\n"),
-        Valid("class A(nn.Module):\n    def __init__(self):\n        self.o = RowParallelLinear(4, 4, quant_config=None)\n"),
+        Valid(
+            """
+            class A(nn.Module):
+                def __init__(self):
+                    self.gate = ReplicatedLinear(4, 4)
+            """
+        ),
+        Valid(
+            """
+            class A(nn.Module):
+                def __init__(self):
+                    self.o = RowParallelLinear(4, 4, quant_config=None)
+            """
+        ),
         Valid("class A(nn.Module):\n    def __init__(self):\n        self.o = nn.Linear(4, 4)\n"),
     ]
     INVALID = [
@@ -58,7 +74,8 @@ class PassQuantConfig(Rule):
                         bias=False,
                     )
             """,
-            line=3, names="o_proj",
+            line=3,
+            names="o_proj",
             fixed="""
             class A(nn.Module):
                 def __init__(self, quant_config=None):
@@ -70,7 +87,15 @@ class PassQuantConfig(Rule):
                     )
             """,
         ),
-        Invalid("class A(nn.Module):\n    def __init__(self):\n        self.o_proj = RowParallelLinear(4, 4)\n", line=3, names="o_proj"),
+        Invalid(
+            """
+            class A(nn.Module):
+                def __init__(self):
+                    self.o_proj = RowParallelLinear(4, 4)
+            """,
+            line=3,
+            names="o_proj",
+        ),
     ]
 
     def visit_Module(self, node: cst.Module) -> None:
@@ -82,9 +107,12 @@ class PassQuantConfig(Rule):
                     or "\n        quant_config = " in self.source.module.code_for_node(function)
                 )
                 self.report(
-                    layer.call, f"`{layer.attribute}` is built without `quant_config`: it would stay "
+                    layer.call,
+                    f"`{layer.attribute}` is built without `quant_config`: it would stay "
                     "unquantised; pass it on (or None, to say so).",
-                    replacement=with_keyword(layer.call, "quant_config", "quant_config") if near else None,
+                    replacement=with_keyword(layer.call, "quant_config", "quant_config")
+                    if near
+                    else None,
                 )
 
     def _lacks(self, layer: Layer) -> bool:

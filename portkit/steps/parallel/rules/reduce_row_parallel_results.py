@@ -44,12 +44,23 @@ class ReduceRowParallelResults(Rule):
                     return tensor_model_parallel_all_reduce(x)
             """
         ),
-        Valid("class A(nn.Module):\n    def __init__(self, r):\n        self.d = RowParallelLinear(4, 4, reduce_results=r)\n"),
+        Valid(
+            """
+            class A(nn.Module):
+                def __init__(self, r):
+                    self.d = RowParallelLinear(4, 4, reduce_results=r)
+            """
+        ),
     ]
     INVALID = [
         Invalid(
-            "class A(nn.Module):\n    def __init__(self):\n        self.d = RowParallelLinear(4, 4, reduce_results=False)\n",
-            line=3, names="`d`",
+            """
+            class A(nn.Module):
+                def __init__(self):
+                    self.d = RowParallelLinear(4, 4, reduce_results=False)
+            """,
+            line=3,
+            names="`d`",
         ),
         Invalid(
             """
@@ -61,7 +72,8 @@ class ReduceRowParallelResults(Rule):
                         reduce_results=False,
                     )
             """,
-            line=3, names="o_proj",
+            line=3,
+            names="o_proj",
         ),
     ]
 
@@ -74,6 +86,7 @@ class ReduceRowParallelResults(Rule):
                 continue
             if self.source.code(switch.value) == "False":
                 self.report(
-                    layer.call, f"`{layer.attribute}` of `{facts.name}` has reduce_results=False and nothing "
+                    layer.call,
+                    f"`{layer.attribute}` of `{facts.name}` has reduce_results=False and nothing "
                     "all-reduces: at TP>1 each rank keeps its own addend.",
                 )

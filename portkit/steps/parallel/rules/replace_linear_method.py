@@ -36,8 +36,14 @@ class ReplaceLinearMethod(Rule):
         Valid("layer = RowParallelLinear(4, 4, quant_config=None)\n"),
     ]
     INVALID = [
-        Invalid("class A:\n    def __init__(self, linear_method=None): ...\n", line=2, names="linear_method"),
-        Invalid("layer = RowParallelLinear(4, 4, linear_method=method)\n", line=1, names="linear_method"),
+        Invalid(
+            "class A:\n    def __init__(self, linear_method=None): ...\n",
+            line=2,
+            names="linear_method",
+        ),
+        Invalid(
+            "layer = RowParallelLinear(4, 4, linear_method=method)\n", line=1, names="linear_method"
+        ),
     ]
 
     def visit_Param(self, node: cst.Param) -> None:
@@ -49,4 +55,7 @@ class ReplaceLinearMethod(Rule):
 
     def _say(self, node: cst.CSTNode, name: str) -> None:
         if name == "linear_method":
-            self.report(node, "`linear_method` is an older vLLM's argument: pass `quant_config` and `prefix`.")
+            self.report(
+                node,
+                "`linear_method` is an older vLLM's argument: pass `quant_config` and `prefix`.",
+            )

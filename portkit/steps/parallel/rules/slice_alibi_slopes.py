@@ -44,8 +44,21 @@ class SliceAlibiSlopes(Rule):
                     self.attn = Attention(2, 2, 1.0, alibi_slopes=slopes[tp_rank * 2 :])
             """
         ),
-        Valid("class A(nn.Module):\n    def __init__(self, slopes):\n        self.attn = Attention(2, 2, 1.0, alibi_slopes=slopes)\n"),
-        Valid("class A(nn.Module):\n    def __init__(self):\n        self.qkv_proj = QKVParallelLinear(4, 2, 2)\n        self.attn = Attention(2, 2, 1.0)\n"),
+        Valid(
+            """
+            class A(nn.Module):
+                def __init__(self, slopes):
+                    self.attn = Attention(2, 2, 1.0, alibi_slopes=slopes)
+            """
+        ),
+        Valid(
+            """
+            class A(nn.Module):
+                def __init__(self):
+                    self.qkv_proj = QKVParallelLinear(4, 2, 2)
+                    self.attn = Attention(2, 2, 1.0)
+            """
+        ),
     ]
     INVALID = [
         Invalid(
@@ -55,7 +68,8 @@ class SliceAlibiSlopes(Rule):
                     self.qkv_proj = QKVParallelLinear(4, 2, 2)
                     self.attn = Attention(2, 2, 1.0, alibi_slopes=slopes)
             """,
-            line=4, names="slopes",
+            line=4,
+            names="slopes",
         ),
         Invalid(
             """
@@ -64,7 +78,8 @@ class SliceAlibiSlopes(Rule):
                     self.query_key_value = QKVParallelLinear(4, 2, 2)
                     self.attn = Attention(n, 2, 1.0, alibi_slopes=slopes[:n])
             """,
-            line=4, names="slopes[:n]",
+            line=4,
+            names="slopes[:n]",
         ),
     ]
 
@@ -77,6 +92,7 @@ class SliceAlibiSlopes(Rule):
                 continue
             if any(self.source.vllm_name(o.call.func) == "QKVParallelLinear" for o in facts.layers):
                 self.report(
-                    layer.call, f"`{layer.attribute}` gets `{self.source.code(slopes.value)}` on every rank: "
+                    layer.call,
+                    f"`{layer.attribute}` gets `{self.source.code(slopes.value)}` on every rank: "
                     "slice the slopes to this rank's heads.",
                 )

@@ -41,14 +41,19 @@ class SupportPipelineRanks(Rule):
             """
             class ToyForCausalLM(nn.Module, SupportsPP):
                 def __init__(self):
-                    self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+                    made = self.model.make_empty_intermediate_tensors
+                    self.make_empty_intermediate_tensors = made
             """
         ),
         Valid("class ToyForCausalLM(LlamaForCausalLM):\n    pass\n"),
     ]
     INVALID = [
         Invalid("class ToyForCausalLM(nn.Module):\n    pass\n", line=1, names="SupportsPP"),
-        Invalid("class ToyForCausalLM(nn.Module, SupportsPP):\n    pass\n", line=1, names="make_empty_intermediate_tensors"),
+        Invalid(
+            "class ToyForCausalLM(nn.Module, SupportsPP):\n    pass\n",
+            line=1,
+            names="make_empty_intermediate_tensors",
+        ),
     ]
 
     def visit_Module(self, node: cst.Module) -> None:
@@ -56,9 +61,14 @@ class SupportPipelineRanks(Rule):
         if top is None or top.has_base_elsewhere:
             return
         if not any(base.endswith("SupportsPP") for base in top.bases):
-            self.report(top.node, f"`{top.name}` lacks the interface `SupportsPP`: pipeline parallelism is refused.")
+            self.report(
+                top.node,
+                f"`{top.name}` lacks the interface `SupportsPP`: pipeline parallelism is refused.",
+            )
         elif "make_empty_intermediate_tensors" not in top.text:
             self.report(
-                top.node, f"`{top.name}` sets no `make_empty_intermediate_tensors`: pipeline ranks need it to "
+                top.node,
+                f"`{top.name}` sets no `make_empty_intermediate_tensors`: pipeline ranks "
+                "need it to "
                 "allocate what they receive.",
             )

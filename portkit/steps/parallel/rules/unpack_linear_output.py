@@ -48,7 +48,15 @@ class UnpackLinearOutput(Rule):
                     return self.one(y)
             """
         ),
-        Valid("class A(nn.Module):\n    def __init__(self):\n        self.up = nn.Linear(4, 8)\n    def forward(self, x):\n        return self.up(x)\n"),
+        Valid(
+            """
+            class A(nn.Module):
+                def __init__(self):
+                    self.up = nn.Linear(4, 8)
+                def forward(self, x):
+                    return self.up(x)
+            """
+        ),
         Valid(
             """
             class A(nn.Module):
@@ -70,7 +78,8 @@ class UnpackLinearOutput(Rule):
                     x = self.down(x)
                     return x
             """,
-            line=5, names="self.down",
+            line=5,
+            names="self.down",
             fixed="""
             class A(nn.Module):
                 def __init__(self):
@@ -88,7 +97,8 @@ class UnpackLinearOutput(Rule):
                 def forward(self, x):
                     return F.silu(self.up(x))
             """,
-            line=5, names="self.up",
+            line=5,
+            names="self.up",
             fixed="""
             class A(nn.Module):
                 def __init__(self):
@@ -113,11 +123,16 @@ class UnpackLinearOutput(Rule):
         advice = f"`self.{attribute}` returns (output, bias): write `x, _ = self.{attribute}(...)`."
         if isinstance(parent, cst.Assign) and isinstance(parent.targets[0].target, cst.Name):
             pair = cst.Tuple(
-                [cst.Element(parent.targets[0].target), cst.Element(cst.Name("_"))], lpar=[], rpar=[]
+                [cst.Element(parent.targets[0].target), cst.Element(cst.Name("_"))],
+                lpar=[],
+                rpar=[],
             )
             target = parent.targets[0].with_changes(target=pair)
             self.report(
-                node, advice, replaces=parent, replacement=parent.with_changes(targets=[target]),
+                node,
+                advice,
+                replaces=parent,
+                replacement=parent.with_changes(targets=[target]),
             )
         else:
             zero = cst.Subscript(node, [cst.SubscriptElement(cst.Index(cst.Integer("0")))])

@@ -36,20 +36,32 @@ class UseLogitsProcessor(Rule):
 
     VALID = [
         Valid(
-            "class T(nn.Module):\n    def compute_logits(self, hidden_states):\n"
-            "        return self.logits_processor(self.lm_head, hidden_states)\n"
+            """
+            class T(nn.Module):
+                def compute_logits(self, hidden_states):
+                    return self.logits_processor(self.lm_head, hidden_states)
+            """
         ),
         Valid("class T(nn.Module):\n    def forward(self, x):\n        return self.lm_head(x)\n"),
     ]
     INVALID = [
         Invalid(
-            "class T(nn.Module):\n    def compute_logits(self, hidden_states):\n        return self.lm_head(hidden_states)\n",
-            line=3, names="lm_head",
+            """
+            class T(nn.Module):
+                def compute_logits(self, hidden_states):
+                    return self.lm_head(hidden_states)
+            """,
+            line=3,
+            names="lm_head",
         ),
         Invalid(
-            "class T(nn.Module):\n    def compute_logits(self, hidden_states):\n"
-            "        return nn.functional.linear(hidden_states, self.lm_head.weight)\n",
-            line=3, names="lm_head",
+            """
+            class T(nn.Module):
+                def compute_logits(self, hidden_states):
+                    return nn.functional.linear(hidden_states, self.lm_head.weight)
+            """,
+            line=3,
+            names="lm_head",
         ),
     ]
 
@@ -61,6 +73,7 @@ class UseLogitsProcessor(Rule):
         by_hand = dotted.endswith((".linear", ".matmul")) and "lm_head" in self.source.code(node)
         if dotted in ("self.lm_head", "self.embed_out") or by_hand:
             self.report(
-                node, f"`{self.source.code(node)}` gives one rank's logits, padding included: call "
+                node,
+                f"`{self.source.code(node)}` gives one rank's logits, padding included: call "
                 "`self.logits_processor(self.lm_head, hidden_states)`.",
             )

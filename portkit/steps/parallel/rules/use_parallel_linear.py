@@ -11,14 +11,24 @@ from portkit.lint.rule import Rule
 from portkit.lint.source import Layer
 
 ROLES: tuple[tuple[str, str], ...] = (
-    (r"^(q|k|v|query|key|value)(_?proj|_lin)?$|^(qkv_proj|query_key_value|Wqkv|c_attn|qkv|W_pack)$",
-     "QKVParallelLinear as `{fused}` (q, k and v in one; heads split over ranks)"),
-    (r"^(gate_proj|up_proj|gate_up_proj|w1|w3|linear_1|linear_v)$",
-     "MergedColumnParallelLinear as `{fused}` (gate and up in one, followed by SiluAndMul or its like)"),
-    (r"^(o_proj|out_proj|dense|down_proj|fc2|fc_out|c_proj|w2|wo|dense_4h_to_h|wo_proj|linear_2)$",
-     "RowParallelLinear (input split over ranks, results all-reduced)"),
+    (
+        r"^(q|k|v|query|key|value)(_?proj|_lin)?$|^(qkv_proj|query_key_value|Wqkv|c_attn|qkv|W_pack)$",
+        "QKVParallelLinear as `{fused}` (q, k and v in one; heads split over ranks)",
+    ),
+    (
+        r"^(gate_proj|up_proj|gate_up_proj|w1|w3|linear_1|linear_v)$",
+        "MergedColumnParallelLinear as `{fused}` (gate and up in one, followed by "
+        "SiluAndMul or its like)",
+    ),
+    (
+        r"^(o_proj|out_proj|dense|down_proj|fc2|fc_out|c_proj|w2|wo|dense_4h_to_h|wo_proj|linear_2)$",
+        "RowParallelLinear (input split over ranks, results all-reduced)",
+    ),
     (r"^(fc1|fc_in|c_fc|dense_h_to_4h|wi)$", "ColumnParallelLinear (output split over ranks)"),
-    (r"^(gate|router|shared_expert_gate)$", "ReplicatedLinear (small and needed whole on each rank)"),
+    (
+        r"^(gate|router|shared_expert_gate)$",
+        "ReplicatedLinear (small and needed whole on each rank)",
+    ),
 )
 FUSED = {"Q": "qkv_proj", "M": "gate_up_proj"}
 
@@ -51,9 +61,19 @@ class UseParallelLinear(Rule):
     """
 
     VALID = [
-        Valid("class A(nn.Module):\n    def __init__(self):\n        self.o_proj = RowParallelLinear(4, 4)\n"),
-        Valid("class T(nn.Module):\n    def __init__(self):\n        self.lm_head = nn.Linear(4, 8)\n"),
-        Valid("class A(nn.Module):\n    def __init__(self):\n        self.norm = nn.LayerNorm(4)\n"),
+        Valid(
+            """
+            class A(nn.Module):
+                def __init__(self):
+                    self.o_proj = RowParallelLinear(4, 4)
+            """
+        ),
+        Valid(
+            "class T(nn.Module):\n    def __init__(self):\n        self.lm_head = nn.Linear(4, 8)\n"
+        ),
+        Valid(
+            "class A(nn.Module):\n    def __init__(self):\n        self.norm = nn.LayerNorm(4)\n"
+        ),
     ]
     INVALID = [
         Invalid(
@@ -63,18 +83,36 @@ class UseParallelLinear(Rule):
                     self.q_proj = nn.Linear(4, 4)
                     self.o_proj = nn.Linear(4, 4)
             """,
-            line=3, count=2, names="`q_proj`",
+            line=3,
+            count=2,
+            names="`q_proj`",
         ),
         Invalid(
-            "class ToyMLP(nn.Module):\n    def __init__(self):\n        self.gate_proj = nn.Linear(4, 8)\n",
-            line=3, names="MergedColumnParallelLinear",
+            """
+            class ToyMLP(nn.Module):
+                def __init__(self):
+                    self.gate_proj = nn.Linear(4, 8)
+            """,
+            line=3,
+            names="MergedColumnParallelLinear",
         ),
         Invalid(
-            "from torch.nn import Linear\nclass ToyMLP(nn.Module):\n    def __init__(self):\n        self.fc2 = Linear(8, 4)\n",
-            line=4, names="RowParallelLinear",
+            """
+            from torch.nn import Linear
+            class ToyMLP(nn.Module):
+                def __init__(self):
+                    self.fc2 = Linear(8, 4)
+            """,
+            line=4,
+            names="RowParallelLinear",
         ),
         Invalid(
-            "class ToyMoE(nn.Module):\n    def __init__(self):\n        self.mix = nn.Linear(8, 4)\n", line=3,
+            """
+            class ToyMoE(nn.Module):
+                def __init__(self):
+                    self.mix = nn.Linear(8, 4)
+            """,
+            line=3,
             names="ReplicatedLinear",
         ),
     ]
@@ -84,7 +122,8 @@ class UseParallelLinear(Rule):
             plain = layer.dotted == "torch.nn.Linear" or layer.name == "Conv1D"
             if plain and not (layer.attribute in ("lm_head", "embed_out") or self._is_head(layer)):
                 self.report(
-                    layer.call, f"`{layer.attribute}` of `{facts.name}` is a plain {layer.name}: "
+                    layer.call,
+                    f"`{layer.attribute}` of `{facts.name}` is a plain {layer.name}: "
                     f"use {self._advice(layer)}.",
                 )
 
@@ -95,4 +134,6 @@ class UseParallelLinear(Rule):
         for pattern, advice in ROLES:
             if re.search(pattern, layer.attribute):
                 return advice.format(fused=FUSED.get(advice[0], ""))
-        return "ReplicatedLinear, or Column/RowParallelLinear if its output/input is what ranks share"
+        return (
+            "ReplicatedLinear, or Column/RowParallelLinear if its output/input is what ranks share"
+        )

@@ -25,7 +25,8 @@ class UseParallelLmHead(Rule):
 
     ## Use instead
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size,
-                                      quant_config=quant_config, prefix=maybe_prefix(prefix, "lm_head"))
+                                      quant_config=quant_config,
+                                      prefix=maybe_prefix(prefix, "lm_head"))
 
     ## Fix safety
     None: compute_logits changes with it, and tying is by `self.lm_head.tie_weights(...)`.
@@ -36,17 +37,39 @@ class UseParallelLmHead(Rule):
     """
 
     VALID = [
-        Valid("class ToyForCausalLM(nn.Module):\n    def __init__(self):\n        self.lm_head = ParallelLMHead(8, 4)\n"),
-        Valid("class ToyMLP(nn.Module):\n    def __init__(self):\n        self.fc2 = nn.Linear(8, 4)\n"),
+        Valid(
+            """
+            class ToyForCausalLM(nn.Module):
+                def __init__(self):
+                    self.lm_head = ParallelLMHead(8, 4)
+            """
+        ),
+        Valid(
+            """
+            class ToyMLP(nn.Module):
+                def __init__(self):
+                    self.fc2 = nn.Linear(8, 4)
+            """
+        ),
     ]
     INVALID = [
         Invalid(
-            "class ToyForCausalLM(nn.Module):\n    def __init__(self):\n        self.lm_head = nn.Linear(4, 8, bias=False)\n",
-            line=3, names="lm_head",
+            """
+            class ToyForCausalLM(nn.Module):
+                def __init__(self):
+                    self.lm_head = nn.Linear(4, 8, bias=False)
+            """,
+            line=3,
+            names="lm_head",
         ),
         Invalid(
-            "class ToyForCausalLM(nn.Module):\n    def __init__(self, c):\n        self.out = nn.Linear(4, c.vocab_size)\n",
-            line=3, names="out",
+            """
+            class ToyForCausalLM(nn.Module):
+                def __init__(self, c):
+                    self.out = nn.Linear(4, c.vocab_size)
+            """,
+            line=3,
+            names="out",
         ),
     ]
 
@@ -54,9 +77,12 @@ class UseParallelLmHead(Rule):
         for _, layer in self.source.layers:
             if layer.dotted != "torch.nn.Linear":
                 continue
-            over_vocabulary = any("vocab_size" in self.source.code(a.value) for a in layer.call.args[:2])
+            over_vocabulary = any(
+                "vocab_size" in self.source.code(a.value) for a in layer.call.args[:2]
+            )
             if layer.attribute in ("lm_head", "embed_out") or over_vocabulary:
                 self.report(
-                    layer.call, f"`{layer.attribute}` is a plain nn.Linear: use ParallelLMHead(vocab_size, "
+                    layer.call,
+                    f"`{layer.attribute}` is a plain nn.Linear: use ParallelLMHead(vocab_size, "
                     "hidden_size, ...), which splits the vocabulary over ranks.",
                 )

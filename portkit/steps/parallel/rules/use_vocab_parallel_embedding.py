@@ -40,8 +40,20 @@ class UseVocabParallelEmbedding(Rule):
     fix_safety = "unsafe"
 
     VALID = [
-        Valid("class A(nn.Module):\n    def __init__(self, c):\n        self.embed_tokens = VocabParallelEmbedding(c.vocab_size, 4)\n"),
-        Valid("class A(nn.Module):\n    def __init__(self, c):\n        self.wpe = nn.Embedding(c.n_positions, 4)\n"),
+        Valid(
+            """
+            class A(nn.Module):
+                def __init__(self, c):
+                    self.embed_tokens = VocabParallelEmbedding(c.vocab_size, 4)
+            """
+        ),
+        Valid(
+            """
+            class A(nn.Module):
+                def __init__(self, c):
+                    self.wpe = nn.Embedding(c.n_positions, 4)
+            """
+        ),
     ]
     INVALID = [
         Invalid(
@@ -50,23 +62,30 @@ class UseVocabParallelEmbedding(Rule):
 
             class A(nn.Module):
                 def __init__(self, config):
-                    self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+                    self.embed_tokens = nn.Embedding(config.vocab_size, 4, self.padding_idx)
             """,
-            line=5, names="embed_tokens",
+            line=5,
+            names="embed_tokens",
             fixed=f"""
             from torch import nn
             from {HOME} import VocabParallelEmbedding
 
             class A(nn.Module):
                 def __init__(self, config):
-                    self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+                    self.embed_tokens = VocabParallelEmbedding(config.vocab_size, 4)
             """,
         ),
         Invalid(
-            "class A(nn.Module):\n    def __init__(self, n):\n        self.wte = nn.Embedding(n, 4, padding_idx=0)\n", line=3,
+            """
+            class A(nn.Module):
+                def __init__(self, n):
+                    self.wte = nn.Embedding(n, 4, padding_idx=0)
+            """,
+            line=3,
             names="wte",
             fixed=f"from {HOME} import VocabParallelEmbedding\n"
-            "class A(nn.Module):\n    def __init__(self, n):\n        self.wte = VocabParallelEmbedding(n, 4)\n",
+            "class A(nn.Module):\n    def __init__(self, n):\n        self.wte = "
+            "VocabParallelEmbedding(n, 4)\n",
         ),
     ]
 
@@ -79,12 +98,20 @@ class UseVocabParallelEmbedding(Rule):
                     if (i < 2 if a.keyword is None else a.keyword.value != "padding_idx")
                 ]
                 self.report(
-                    layer.call, f"`{layer.attribute}` is a plain nn.Embedding over the vocabulary: use "
+                    layer.call,
+                    f"`{layer.attribute}` is a plain nn.Embedding over the vocabulary: use "
                     "VocabParallelEmbedding, which splits it over ranks.",
-                    replacement=layer.call.with_changes(func=cst.Name("VocabParallelEmbedding"), args=args),
+                    replacement=layer.call.with_changes(
+                        func=cst.Name("VocabParallelEmbedding"), args=args
+                    ),
                     imports=((HOME, "VocabParallelEmbedding"),),
                 )
 
     def _is_vocabulary(self, layer: Layer) -> bool:
         first = self.source.code(layer.call.args[0].value) if layer.call.args else ""
-        return "vocab_size" in first or layer.attribute in ("embed_tokens", "wte", "word_embeddings", "embed_in")
+        return "vocab_size" in first or layer.attribute in (
+            "embed_tokens",
+            "wte",
+            "word_embeddings",
+            "embed_in",
+        )

@@ -57,7 +57,8 @@ class AddLoadWeights(Rule):
 
                 def forward(self): ...
             """,
-            line=3, names="ToyForCausalLM",
+            line=3,
+            names="ToyForCausalLM",
             fixed=f"""
             import torch
             from collections.abc import Iterable
@@ -82,7 +83,8 @@ class AddLoadWeights(Rule):
             """,
         ),
         Invalid(
-            "class ToyForCausalLM(nn.Module):\n    packed_modules_mapping = make_mapping()\n", line=1,
+            "class ToyForCausalLM(nn.Module):\n    packed_modules_mapping = make_mapping()\n",
+            line=1,
             names="load_weights",
         ),
     ]
@@ -93,9 +95,14 @@ class AddLoadWeights(Rule):
             return
         replacement = self._written(top)
         self.report(
-            top.node, f"`{top.name}` has no `load_weights`: vLLM gives it the checkpoint's tensors by name.",
+            top.node,
+            f"`{top.name}` has no `load_weights`: vLLM gives it the checkpoint's tensors by name.",
             replacement=replacement,
-            imports=(("collections.abc", "Iterable"), (UTILS, "AutoWeightsLoader"), (UTILS, "WeightsMapper")),
+            imports=(
+                ("collections.abc", "Iterable"),
+                (UTILS, "AutoWeightsLoader"),
+                (UTILS, "WeightsMapper"),
+            ),
         )
 
     def _written(self, top: ClassFacts) -> cst.ClassDef | None:
@@ -106,7 +113,9 @@ class AddLoadWeights(Rule):
         for element in declared.elements if declared is not None else ():
             value = getattr(element, "value", None)
             parts = value.elements if isinstance(value, (cst.List, cst.Tuple)) else ()
-            names = [p.value.evaluated_value for p in parts if isinstance(p.value, cst.SimpleString)]
+            names = [
+                p.value.evaluated_value for p in parts if isinstance(p.value, cst.SimpleString)
+            ]
             fused = element.key.evaluated_value if isinstance(element.key, cst.SimpleString) else ""
             if len(names) == 1 and names[0] == fused:
                 continue
@@ -119,13 +128,22 @@ class AddLoadWeights(Rule):
         mapper = "hf_to_vllm_mapper" in top.values
         node = top.node
         if rows and not mapper:
-            code = "hf_to_vllm_mapper = WeightsMapper(\n    orig_to_new_stacked={\n" + "".join(rows) + "    }\n)\n"
-            at = next(i for i, line in enumerate(node.body.body) if "packed_modules_mapping" in self.source.code(line))
+            code = (
+                "hf_to_vllm_mapper = WeightsMapper(\n    orig_to_new_stacked={\n"
+                + "".join(rows)
+                + "    }\n)\n"
+            )
+            at = next(
+                i
+                for i, line in enumerate(node.body.body)
+                if "packed_modules_mapping" in self.source.code(line)
+            )
             body = [*node.body.body[: at + 1], cst.parse_statement(code), *node.body.body[at + 1 :]]
             node = node.with_changes(body=node.body.with_changes(body=body))
         given = ", mapper=self.hf_to_vllm_mapper" if rows or mapper else ""
         return with_method(
             node,
             "def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:\n"
-            f"    loader = AutoWeightsLoader(self)\n    return loader.load_weights(weights{given})\n",
+            "    loader = AutoWeightsLoader(self)\n    return "
+            f"loader.load_weights(weights{given})\n",
         )

@@ -54,16 +54,33 @@ class KeepShardOrder(Rule):
     ]
     INVALID = [
         Invalid(
-            'm = {".k_proj": (".qkv_proj", "v"), ".v_proj": (".qkv_proj", "k")}\n', line=1, count=2, names=".k_proj",
+            'm = {".k_proj": (".qkv_proj", "v"), ".v_proj": (".qkv_proj", "k")}\n',
+            line=1,
+            count=2,
+            names=".k_proj",
             fixed='m = {".k_proj": (".qkv_proj", "k"), ".v_proj": (".qkv_proj", "v")}\n',
         ),
         Invalid(
-            'm = [\n    ("gate_up_proj", "gate_proj", 1),\n    ("gate_up_proj", "up_proj", 0),\n]\n', line=2, count=2,
+            """
+            m = [
+                ("gate_up_proj", "gate_proj", 1),
+                ("gate_up_proj", "up_proj", 0),
+            ]
+            """,
+            line=2,
+            count=2,
             names="gate_proj",
-            fixed='m = [\n    ("gate_up_proj", "gate_proj", 0),\n    ("gate_up_proj", "up_proj", 1),\n]\n',
+            fixed="""
+            m = [
+                ("gate_up_proj", "gate_proj", 0),
+                ("gate_up_proj", "up_proj", 1),
+            ]
+            """,
         ),
         Invalid(
-            'packed_modules_mapping = {"qkv_proj": ["q_proj", "v_proj", "k_proj"]}\n', line=1, names="qkv_proj",
+            'packed_modules_mapping = {"qkv_proj": ["q_proj", "v_proj", "k_proj"]}\n',
+            line=1,
+            names="qkv_proj",
             fixed='packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}\n',
         ),
     ]
@@ -76,19 +93,25 @@ class KeepShardOrder(Rule):
             self._compare(name, _text(value.elements[0].value), value.elements[1].value)
         elif isinstance(value, cst.List) and self._names_mapping(node):
             names = [_text(e.value) or "" for e in value.elements]
-            places = [_place(n) for n in names]
-            if None not in places and places not in (["q", "k", "v"], ["0", "1"]):
-                if sorted(places) in (["k", "q", "v"], ["0", "1"]):
-                    order = sorted(range(len(places)), key=lambda i: "qkv01".index(places[i]))
-                    elements = [
-                        old.with_changes(value=value.elements[i].value)
-                        for old, i in zip(value.elements, order, strict=True)
-                    ]
-                    self.report(
-                        value, f'packed_modules_mapping["{name}"] is {names}: the order must be '
-                        f"{[names[i] for i in order]}, that of the fused weight.",
-                        replacement=value.with_changes(elements=elements),
-                    )
+            self._order(name, names, value)
+
+    def _order(self, fused: str, names: list[str], value: cst.List) -> None:
+        places = [_place(name) or "" for name in names]
+        if sorted(places) not in (["k", "q", "v"], ["0", "1"]):
+            return
+        order = sorted(range(len(places)), key=lambda i: "qkv01".index(places[i]))
+        if order != list(range(len(places))):
+            right = [names[i] for i in order]
+            elements = [
+                old.with_changes(value=value.elements[i].value)
+                for old, i in zip(value.elements, order, strict=True)
+            ]
+            self.report(
+                value,
+                f'packed_modules_mapping["{fused}"] is {names}: the order must be {right}, that of '
+                "the fused weight.",
+                replacement=value.with_changes(elements=elements),
+            )
 
     def visit_Tuple(self, node: cst.Tuple) -> None:
         if len(node.elements) == 3:
@@ -102,18 +125,24 @@ class KeepShardOrder(Rule):
             return
         written = str(shard.evaluated_value)
         family = ("q", "k", "v") if place in "qkv" else ("0", "1")
-        fits = "qkv" in fused or "query_key_value" in fused if place in "qkv" else "gate_up" in fused
+        fits = (
+            "qkv" in fused or "query_key_value" in fused if place in "qkv" else "gate_up" in fused
+        )
         if fits and written in family and written != place:
             right = next(code for _, p, code in PLACES if p == place)
             self.report(
-                shard, f"`{name}` goes to part {self.source.code(shard)} of `{fused}`: it is part {right}.",
+                shard,
+                f"`{name}` goes to part {self.source.code(shard)} of `{fused}`: it is "
+                f"part {right}.",
                 replacement=cst.parse_expression(right),
             )
 
     def _names_mapping(self, node: cst.CSTNode) -> bool:
         for parent in self.source.ancestors(node):
             if isinstance(parent, (cst.Assign, cst.AnnAssign)):
-                target = parent.targets[0].target if isinstance(parent, cst.Assign) else parent.target
+                target = (
+                    parent.targets[0].target if isinstance(parent, cst.Assign) else parent.target
+                )
                 return self.source.code(target).endswith("packed_modules_mapping")
         return False
 

@@ -62,7 +62,8 @@ class MapToExistingLayers(Rule):
                     self.qkv_proj = QKVParallelLinear(4, 2, 2)
                 mapper = WeightsMapper(orig_to_new_stacked={".q_proj": (".qkv", "q")})
             """,
-            line=4, names=".qkv",
+            line=4,
+            names=".qkv",
         ),
         Invalid(
             """
@@ -70,7 +71,8 @@ class MapToExistingLayers(Rule):
                 def load_weights(self, weights):
                     stacked_params_mapping = [("gate_up_proj", "gate_proj", 0)]
             """,
-            line=3, names="gate_up_proj",
+            line=3,
+            names="gate_up_proj",
         ),
     ]
 
@@ -78,19 +80,26 @@ class MapToExistingLayers(Rule):
         self.attributes = {layer.attribute for _, layer in self.source.layers}
         self.silent = any(
             re.match(r"(vllm\.model_executor\.models\.|\.)(\w+)$", module)
-            and module.rpartition(".")[2] not in HELPERS and name[:1].isupper()
+            and module.rpartition(".")[2] not in HELPERS
+            and name[:1].isupper()
             for module, name, _ in self.source.imports
         )
 
     def visit_Arg(self, node: cst.Arg) -> None:
-        if node.keyword is not None and node.keyword.value == "orig_to_new_stacked" and isinstance(node.value, cst.Dict):
+        if (
+            node.keyword is not None
+            and node.keyword.value == "orig_to_new_stacked"
+            and isinstance(node.value, cst.Dict)
+        ):
             for element in node.value.elements:
                 value = element.value
                 if isinstance(value, cst.Tuple) and value.elements:
                     self._target(value.elements[0].value)
 
     def visit_Assign(self, node: cst.Assign) -> None:
-        if self.source.code(node.targets[0].target) == "stacked_params_mapping" and isinstance(node.value, cst.List):
+        if self.source.code(node.targets[0].target) == "stacked_params_mapping" and isinstance(
+            node.value, cst.List
+        ):
             for element in node.value.elements:
                 if isinstance(element.value, cst.Tuple) and len(element.value.elements) == 3:
                     self._target(element.value.elements[0].value)

@@ -36,19 +36,32 @@ class PreferWeightsMapper(Rule):
 
     VALID = [
         Valid('mapper = WeightsMapper(orig_to_new_stacked={".q_proj": (".qkv_proj", "q")})\n'),
-        Valid("def load_weights(self, weights):\n    return AutoWeightsLoader(self).load_weights(weights)\n"),
+        Valid(
+            """
+            def load_weights(self, weights):
+                return AutoWeightsLoader(self).load_weights(weights)
+            """
+        ),
     ]
     INVALID = [
         Invalid(
-            'def load_weights(self, weights):\n    stacked_params_mapping = [("qkv_proj", "q_proj", "q")]\n', line=2,
+            """
+            def load_weights(self, weights):
+                stacked_params_mapping = [("qkv_proj", "q_proj", "q")]
+            """,
+            line=2,
             names="stacked_params_mapping",
         ),
-        Invalid("class A:\n    stacked_params_mapping = []\n", line=2, names="stacked_params_mapping"),
+        Invalid(
+            "class A:\n    stacked_params_mapping = []\n", line=2, names="stacked_params_mapping"
+        ),
     ]
 
     def visit_AssignTarget(self, node: cst.AssignTarget) -> None:
         if self.source.code(node.target).endswith("stacked_params_mapping"):
             self.report(
-                node, "`stacked_params_mapping` is the older way: WeightsMapper(orig_to_new_stacked=...) with "
+                node,
+                "`stacked_params_mapping` is the older way: "
+                "WeightsMapper(orig_to_new_stacked=...) with "
                 "AutoWeightsLoader says the same as data.",
             )

@@ -38,8 +38,21 @@ class ReturnLoadedNames(Rule):
     fix_safety = "safe"
 
     VALID = [
-        Valid("class A:\n    def load_weights(self, weights):\n        return loader.load_weights(weights)\n"),
-        Valid("class A:\n    def load_weights(self, weights):\n        loaded = set()\n        return loaded\n"),
+        Valid(
+            """
+            class A:
+                def load_weights(self, weights):
+                    return loader.load_weights(weights)
+            """
+        ),
+        Valid(
+            """
+            class A:
+                def load_weights(self, weights):
+                    loaded = set()
+                    return loaded
+            """
+        ),
         Valid("class A:\n    def load_weights(self, weights):\n        yield 1\n"),
         Valid("class A:\n    def load_weights(self, weights): ...\n"),
     ]
@@ -51,7 +64,8 @@ class ReturnLoadedNames(Rule):
                     loader = AutoWeightsLoader(self)
                     loader.load_weights(weights)
             """,
-            line=2, names="A.load_weights",
+            line=2,
+            names="A.load_weights",
             fixed="""
             class A:
                 def load_weights(self, weights):
@@ -67,13 +81,18 @@ class ReturnLoadedNames(Rule):
                         self.params[name] = tensor
                     return None
             """,
-            line=2, names="A.load_weights",
+            line=2,
+            names="A.load_weights",
         ),
     ]
 
     def visit_FunctionDef(self, node: cst.FunctionDef) -> None:
         facts = self.source.class_of(node)
-        if facts is None or facts.methods.get("load_weights") is not node or not isinstance(node.body, cst.IndentedBlock):
+        if (
+            facts is None
+            or facts.methods.get("load_weights") is not node
+            or not isinstance(node.body, cst.IndentedBlock)
+        ):
             return
         returns = _Returns()
         node.body.visit(returns)
@@ -82,16 +101,23 @@ class ReturnLoadedNames(Rule):
         last = node.body.body[-1]
         fixed = self._returning(last)
         self.report(
-            node, f"`{facts.name}.load_weights` returns nothing: return the set of names it loaded, or vLLM's "
+            node,
+            f"`{facts.name}.load_weights` returns nothing: return the set of names it "
+            "loaded, or vLLM's "
             "check for missing weights is off.",
-            replaces=last if fixed else node, replacement=fixed,
+            replaces=last if fixed else node,
+            replacement=fixed,
         )
 
     def _returning(self, last: cst.BaseStatement) -> cst.SimpleStatementLine | None:
         if not (isinstance(last, cst.SimpleStatementLine) and isinstance(last.body[-1], cst.Expr)):
             return None
         call = last.body[-1].value
-        if isinstance(call, cst.Call) and isinstance(call.func, cst.Attribute) and call.func.attr.value == "load_weights":
+        if (
+            isinstance(call, cst.Call)
+            and isinstance(call.func, cst.Attribute)
+            and call.func.attr.value == "load_weights"
+        ):
             return last.with_changes(body=[*last.body[:-1], cst.Return(call)])
         return None
 
@@ -107,7 +133,9 @@ class _Returns(cst.CSTVisitor):
         return False
 
     def visit_Return(self, node: cst.Return) -> None:
-        if node.value is not None and not (isinstance(node.value, cst.Name) and node.value.value == "None"):
+        if node.value is not None and not (
+            isinstance(node.value, cst.Name) and node.value.value == "None"
+        ):
             self.found = True
 
     def visit_Yield(self, node: cst.Yield) -> None:

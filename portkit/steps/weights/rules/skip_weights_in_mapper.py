@@ -8,8 +8,10 @@ from portkit.lint.finding import Invalid, Valid
 from portkit.lint.rule import Rule
 
 GONE = {
-    "skip_prefixes": "map the prefix to None in WeightsMapper(orig_to_new_prefix=...), or filter the iterator",
-    "skip_substrs": "map it to None in WeightsMapper(orig_to_new_substr=...), or filter the iterator",
+    "skip_prefixes": (
+        "map the prefix to None in WeightsMapper(orig_to_new_prefix=...), or filter the iterator"
+    ),
+    "skip_substrs": "map it to None in WeightsMapper(orig_to_new_substr=...)",
 }
 
 
@@ -42,8 +44,16 @@ class SkipWeightsInMapper(Rule):
         Valid('mapper = WeightsMapper(orig_to_new_prefix={"lm_head.": None})\n'),
     ]
     INVALID = [
-        Invalid('loader = AutoWeightsLoader(self, skip_prefixes=["lm_head."])\n', line=1, names="skip_prefixes"),
-        Invalid('mapper = WeightsMapper(orig_to_new_stacked={".rotary": None})\n', line=1, names=".rotary"),
+        Invalid(
+            'loader = AutoWeightsLoader(self, skip_prefixes=["lm_head."])\n',
+            line=1,
+            names="skip_prefixes",
+        ),
+        Invalid(
+            'mapper = WeightsMapper(orig_to_new_stacked={".rotary": None})\n',
+            line=1,
+            names=".rotary",
+        ),
     ]
 
     def visit_Call(self, node: cst.Call) -> None:
@@ -52,11 +62,20 @@ class SkipWeightsInMapper(Rule):
             key = item.keyword.value if item.keyword is not None else ""
             if name == "AutoWeightsLoader" and key in GONE:
                 self.report(item, f"`{key}` is no argument of AutoWeightsLoader: {GONE[key]}.")
-            elif name == "WeightsMapper" and key == "orig_to_new_stacked" and isinstance(item.value, cst.Dict):
+            elif (
+                name == "WeightsMapper"
+                and key == "orig_to_new_stacked"
+                and isinstance(item.value, cst.Dict)
+            ):
                 for element in item.value.elements:
                     if self.source.code(element.value) == "None":
-                        where = self.source.code(element.key) if isinstance(element, cst.DictElement) else "**"
+                        where = (
+                            self.source.code(element.key)
+                            if isinstance(element, cst.DictElement)
+                            else "**"
+                        )
                         self.report(
-                            element.value, f"{where} maps to None in orig_to_new_stacked: skip it in "
+                            element.value,
+                            f"{where} maps to None in orig_to_new_stacked: skip it in "
                             "orig_to_new_substr instead.",
                         )

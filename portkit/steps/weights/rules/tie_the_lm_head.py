@@ -46,12 +46,24 @@ class TieTheLmHead(Rule):
             """,
             TIES,
         ),
-        Valid("class ToyForCausalLM(nn.Module):\n    def __init__(self):\n        self.lm_head = ParallelLMHead(8, 4)\n"),
+        Valid(
+            """
+            class ToyForCausalLM(nn.Module):
+                def __init__(self):
+                    self.lm_head = ParallelLMHead(8, 4)
+            """
+        ),
     ]
     INVALID = [
         Invalid(
-            "class ToyForCausalLM(nn.Module):\n    def __init__(self):\n        self.lm_head = ParallelLMHead(8, 4)\n",
-            line=3, given=TIES, names="lm_head",
+            """
+            class ToyForCausalLM(nn.Module):
+                def __init__(self):
+                    self.lm_head = ParallelLMHead(8, 4)
+            """,
+            line=3,
+            given=TIES,
+            names="lm_head",
         ),
         Invalid(
             """
@@ -60,7 +72,9 @@ class TieTheLmHead(Rule):
                     self.lm_head = ParallelLMHead(8, 4)
                     self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
             """,
-            line=4, names="tie_weights", given=TIES,
+            line=4,
+            names="tie_weights",
+            given=TIES,
         ),
     ]
 
@@ -71,13 +85,15 @@ class TieTheLmHead(Rule):
         for layer in top.layers:
             if layer.name == "tie_weights":
                 self.report(
-                    layer.call, f"`tie_weights` ties `{layer.attribute}` without asking: only if "
+                    layer.call,
+                    f"`tie_weights` ties `{layer.attribute}` without asking: only if "
                     "config.tie_word_embeddings.",
                 )
                 return
         for layer in top.layers:
             if self.source.vllm_name(layer.call.func) == "ParallelLMHead":
                 self.report(
-                    layer.call, f"`{layer.attribute}` is never tied, but checkpoints of this model may be: ask "
+                    layer.call,
+                    f"`{layer.attribute}` is never tied, but checkpoints of this model may be: ask "
                     "config.tie_word_embeddings and call tie_weights.",
                 )

@@ -6,6 +6,7 @@ of what is kept stay as they are. Not covered: names reached by `globals()` or `
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -48,10 +49,16 @@ def parse(source: str, path: str) -> cst.Module:
     try:
         return cst.parse_module(source)
     except cst.ParserSyntaxError as error:
-        line = source.splitlines()[error.raw_line - 1] if error.raw_line else ""
+        number, why = error.raw_line, error.message
+        try:
+            ast.parse(source)
+        except SyntaxError as python:  # Python's own parser points at the line more exactly
+            number, why = python.lineno or number, python.msg
+        lines = source.splitlines()
+        line = lines[number - 1].strip() if 0 < number <= len(lines) else ""
         raise PortkitError(
-            f"{path} is no valid Python: line {error.raw_line}: {line.strip()!r}.",
-            f"{path}:{error.raw_line}",
+            f"{path} is no valid Python: {why} in line {number}: {line!r}.",
+            f"{path}:{number}",
             "Correct that line, or download the file again.",
         ) from error
 

@@ -24,14 +24,20 @@ WANTED = ("vllm/", "tests/__init__.py", "tests/conftest.py", "tests/utils.py", "
 """What the patch and vLLM's own registry tests need; the rest (csrc, rust, ...) stays packed."""
 
 
-def archive() -> Path:
-    """Return vLLM's source archive: $PORTKIT_VLLM_SOURCE, else the one that the set-up fetched."""
+def source() -> Path:
+    """Return vLLM's source: $PORTKIT_VLLM_SOURCE (an archive, or a folder such as a clone of the
+    release), else the archive that the set-up fetched.
+
+    Raises PortkitError if it is missing or another version's.
+    """
     named = os.environ.get("PORTKIT_VLLM_SOURCE")
     path = Path(named) if named else Path(sys.prefix) / "share" / "portkit" / f"vllm-{VERSION}.tar.gz"
+    if (path / "vllm" / "model_executor").is_dir() and (path / "tests" / "models").is_dir():
+        return path
     if not path.is_file():
         raise PortkitError(
             f"The source of vLLM {VERSION} is not here.", str(path),
-            f"Run `make setup`, or fetch vllm-{VERSION}.tar.gz from PyPI and name it in PORTKIT_VLLM_SOURCE.",
+            f"Run `make setup`, or name vllm-{VERSION}.tar.gz from PyPI, or a clone, in PORTKIT_VLLM_SOURCE.",
         )
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -45,25 +51,34 @@ def archive() -> Path:
 
 def read(*names: str) -> tuple[str, ...]:
     """Return the text of files of vLLM's source, named relative to its top folder."""
-    found: dict[str, str] = {}
-    with tarfile.open(archive()) as tar:
-        for member in tar:
-            name = member.name.partition("/")[2]
-            if name in names:
-                found[name] = tar.extractfile(member).read().decode()
-                if len(found) == len(names):
-                    break
+    place, found = source(), {}
+    if place.is_dir():
+        found = {name: (place / name).read_text() for name in names if (place / name).is_file()}
+    else:
+        with tarfile.open(place) as tar:
+            for member in tar:
+                name = member.name.partition("/")[2]
+                if name in names:
+                    found[name] = tar.extractfile(member).read().decode()
     missing = [name for name in names if name not in found]
     if missing:
-        raise PortkitError(f"vLLM's source has no {missing[0]}.", str(archive()), "Run `make setup` again.")
+        raise PortkitError(f"vLLM's source has no {missing[0]}.", str(place), f"It must be vLLM {VERSION}'s.")
     return tuple(found[name] for name in names)
 
 
 def unpack(target: Path) -> None:
-    """Unpack a pristine tree into `target`, replacing what is there."""
+    """Put a pristine tree into `target`, replacing what is there."""
+    place = source()
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    with tarfile.open(archive()) as tar:
+    if place.is_dir():
+        for file in place.rglob("*"):
+            name = str(file.relative_to(place))
+            if name.startswith(WANTED) and file.is_file() and file.suffix not in (".so", ".pyc"):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target / name)
+        return
+    with tarfile.open(place) as tar:
         for member in tar:
             name = member.name.partition("/")[2]
             if name.startswith(WANTED):

@@ -1,0 +1,160 @@
+"""Run the port as users run it and compare with Transformers: by vLLM's own rule and by distance.
+
+args: tensor_parallel_size, eager, dtype ("float32" or "auto"), rule (folder of vLLM's source, whose
+tests/models/utils.py has the rule), tokens (generated per prompt).
+value: compiled, mode, cudagraphs, dtype, scheduled [tokens computed the first time, and again],
+rule {"ok", "text", "mismatches"}, rows [{prompt, tokens, first_mismatch, max, mean, again, again_equal,
+floor_max, floor_mean}]: distances of log-probabilities to Transformers in float32; the floor is
+Transformers' own distance from that in the engine's precision (0 in float32).
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from portkit.live.checkpoint import open_checkpoint
+from portkit.live.engine import Engine, Generated
+from portkit.live.job import JobRequest
+from portkit.live.prompts import prompts_for
+from portkit.live.reference import Reference
+from portkit.live.rehearsal import rehearse
+from portkit.port import Port
+
+TOP = 5
+"""The k of vLLM's rule: its own model tests ask for five log-probabilities."""
+
+USERS = {
+    "enable_prefix_caching": True,
+    "enable_prompt_embeds": False,
+    "max_num_batched_tokens": 2048,
+    "block_size": None,
+}
+"""What differs from the checks of the earlier steps: vLLM's own defaults."""
+
+
+def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
+    """Start the engine as users do, generate twice (the second time from cached prefixes), compare."""
+    args = request.args
+    port = Port(Path(request.port_root))
+    checkpoint = open_checkpoint(port.checkpoint)
+    longest = min(int(checkpoint.config.get("max_position_embeddings") or 512), 512)
+    options = {**USERS, "enforce_eager": args["eager"], "dtype": args["dtype"], "max_model_len": longest}
+    if args["dtype"] == "auto":
+        options["attention_config"] = None  # vLLM's own choice of kernel
+    say(f"starting vLLM as users do ({args['dtype']}, {args['tensor_parallel_size']} ranks)")
+    with rehearse(port.root, args["tensor_parallel_size"], loader="port", **options) as engine:
+        found = prompts_for(port, checkpoint, longest=longest)
+        prompts = [*found.short, found.long]
+        say("generating, and again with the prefixes cached")
+        with engine.recorded_schedule() as first:
+            once = engine.generate(prompts, args["tokens"])
+        with engine.recorded_schedule() as second:
+            again = engine.generate(prompts, args["tokens"])
+        value = {**_how(engine), "scheduled": [_total(first), _total(second)]}
+    say("Transformers on the same prompts")
+    reference = Reference(port, checkpoint)
+    expected = [reference.greedy(p, args["tokens"]) for p in prompts]
+    floors = _floors(reference, value["dtype"], prompts, expected)
+    value["rows"] = [
+        _row(p, e, o, a, floor)
+        for p, e, o, a, floor in zip(prompts, expected, once, again, floors, strict=True)
+    ]
+    value["rule"] = _by_vllm_rule(Path(args["rule"]), expected, once)
+    return value
+
+
+def _how(engine: Engine) -> dict[str, Any]:
+    """Say how the engine really runs; taken from the engine, not from what was asked for."""
+    config = engine.llm.llm_engine.vllm_config
+    mode = getattr(config.compilation_config.mode, "name", str(config.compilation_config.mode))
+    graphs = getattr(config.compilation_config.cudagraph_mode, "name", "NONE")
+    compiled = engine.on_model(_compiled_modules)
+    return {
+        "mode": mode,
+        "cudagraphs": graphs,
+        "compiled": sorted({name for rank in compiled for name in rank}),
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+    }
+
+
+def _compiled_modules(model: Any) -> list[str]:
+    """Runs on each rank: the modules that @support_torch_compile compiled."""
+    return [type(m).__name__ for m in model.modules() if getattr(m, "do_not_compile", True) is False]
+
+
+def _total(schedule: Sequence[dict[str, int]]) -> int:
+    return sum(sum(step.values()) for step in schedule)
+
+
+def _row(
+    prompt: Sequence[int], expected: tuple[tuple[int, ...], np.ndarray], once: Generated, again: Generated,
+    floor: np.ndarray,
+) -> dict[str, Any]:
+    tokens, rows = expected
+    mismatch = next((i for i, (a, b) in enumerate(zip(tokens, once.tokens, strict=True)) if a != b), None)
+    # Behind a first other token the two sides are asked different questions.
+    until = len(tokens) if mismatch is None else mismatch + 1
+    gap = np.abs(once.logprobs[:until] - rows[:until])
+    return {
+        "prompt": len(prompt),
+        "tokens": len(tokens),
+        "first_mismatch": mismatch,
+        "max": float(gap.max()),
+        "mean": float(gap.mean()),
+        "floor_max": float(floor[:until].max()),
+        "floor_mean": float(floor[:until].mean()),
+        "again": float(np.abs(once.logprobs[:until] - again.logprobs[:until]).max()),
+        "again_equal": once.tokens == again.tokens,
+    }
+
+
+def _floors(
+    reference: Reference, dtype: str, prompts: Sequence[Sequence[int]],
+    expected: Sequence[tuple[tuple[int, ...], np.ndarray]],
+) -> list[np.ndarray]:
+    """Return, per prompt, how far Transformers in `dtype` is from Transformers in float32."""
+    if dtype == "float32":
+        return [np.zeros_like(rows) for _, rows in expected]
+    model = reference.model_class.from_pretrained(
+        str(reference.checkpoint.root), dtype=getattr(torch, dtype), local_files_only=True
+    ).eval()
+    floors = []
+    with torch.inference_mode():
+        for prompt, (tokens, rows) in zip(prompts, expected, strict=True):
+            ids = torch.tensor([[*prompt, *tokens[:-1]]])
+            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :].float()
+            floors.append(np.abs(torch.log_softmax(logits, -1).numpy() - rows))
+    return floors
+
+
+def _by_vllm_rule(
+    source: Path, expected: Sequence[tuple[tuple[int, ...], np.ndarray]], found: Sequence[Generated],
+) -> dict[str, Any]:
+    """Apply check_logprobs_close of vLLM's tests/models/utils.py."""
+    sys.path.append(str(source))
+    from tests.models.utils import check_logprobs_close
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            check_logprobs_close(
+                outputs_0_lst=[_as_vllm_tests(*e) for e in expected],
+                outputs_1_lst=[_as_vllm_tests(g.tokens, g.logprobs) for g in found],
+                name_0="transformers", name_1="vllm",
+            )
+        except AssertionError as error:
+            return {"ok": False, "text": str(error)[:1500], "mismatches": len(said)}
+    return {"ok": True, "text": "", "mismatches": len(said)}
+
+
+def _as_vllm_tests(tokens: Sequence[int], rows: np.ndarray) -> tuple[list[int], str, list[dict[int, float]]]:
+    tops = [np.argsort(row)[::-1][:TOP] for row in rows]
+    tables = [{int(i): float(row[i]) for i in top} for row, top in zip(rows, tops, strict=True)]
+    return list(tokens), " ".join(map(str, tokens)), tables

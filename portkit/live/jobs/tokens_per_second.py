@@ -1,0 +1,113 @@
+"""Generation speed of one way to run the model: tokens per second, several repeats.
+
+args: way ("port", "native", "transformers_backend", "transformers"), batches, tokens_in,
+tokens_out, repeats. Each way runs in a process of its own, one after the other.
+value: rows [{batch, rates}], rates in generated tokens per second; how (dtype, eager, class).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm import LLM, ModelRegistry, SamplingParams
+
+from portkit.errors import PortkitError
+from portkit.live.checkpoint import Checkpoint, open_checkpoint
+from portkit.live.device import find_device
+from portkit.live.job import JobRequest
+from portkit.live.portmodule import port_class
+from portkit.live.profile import Profile
+from portkit.live.prompts import random_ids
+from portkit.live.reference import original_class
+from portkit.port import Port
+
+Generate = Callable[[int], int]
+"""Generate for one batch size and return the number of tokens made."""
+
+
+def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
+    """Measure; raises PortkitError if vLLM does not run the model this way."""
+    args = request.args
+    port = Port(Path(request.port_root))
+    checkpoint = open_checkpoint(port.checkpoint)
+    cuda = find_device()[0] == "cuda"
+    dtype = "bfloat16" if cuda else "float32"
+    say(f"starting: {args['way']}")
+    if args["way"] == "transformers":
+        generate, how = _transformers(port, checkpoint, dtype, args)
+    else:
+        generate, how = _vllm(port, checkpoint, dtype, not cuda, args)
+    rows = []
+    for batch in args["batches"]:
+        generate(batch)  # compiles, captures and fills caches
+        rates = []
+        for repeat in range(args["repeats"]):
+            say(f"{args['way']}, batch {batch}, run {repeat + 1} of {args['repeats']}")
+            began = time.perf_counter()
+            made = generate(batch)
+            rates.append(made / (time.perf_counter() - began))
+        rows.append({"batch": batch, "rates": rates})
+    return {"rows": rows, "how": {**how, "dtype": dtype}}
+
+
+def _prompts(checkpoint: Checkpoint, count: int, length: int) -> list[list[int]]:
+    vocab = int(checkpoint.config["vocab_size"])
+    return [list(random_ids(vocab, length, seed=1000 + n)) for n in range(count)]
+
+
+def _transformers(port: Port, checkpoint: Checkpoint, dtype: str, args: dict[str, Any]) -> tuple[Generate, dict]:
+    device = "cuda" if find_device()[0] == "cuda" else "cpu"
+    cls = original_class(port)
+    model = cls.from_pretrained(str(checkpoint.root), dtype=getattr(torch, dtype), local_files_only=True)
+    model = model.to(device).eval()
+
+    def generate(batch: int) -> int:
+        ids = torch.tensor(_prompts(checkpoint, batch, args["tokens_in"]), device=device)
+        with torch.inference_mode():
+            made = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=-1,
+                max_new_tokens=args["tokens_out"], min_new_tokens=args["tokens_out"],
+            )
+        return int(made.shape[0] * (made.shape[1] - ids.shape[1]))
+
+    return generate, {"class": f"{cls.__module__}.{cls.__qualname__}", "eager": True}
+
+
+def _vllm(
+    port: Port, checkpoint: Checkpoint, dtype: str, eager: bool, args: dict[str, Any],
+) -> tuple[Generate, dict]:
+    way = args["way"]
+    native = port.architecture in ModelRegistry.get_supported_archs()
+    if way == "native" and not native:
+        raise PortkitError(f"vLLM has no class of its own for {port.architecture}.", "vLLM's registry", "")
+    if way == "port":
+        ModelRegistry.register_model(port.architecture, port_class(port))
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    if eager:
+        torch.compiler.set_stance("force_eager")
+    memory = Profile.for_device(find_device()[0]).options.get("gpu_memory_utilization")
+    llm = LLM(
+        str(checkpoint.root), skip_tokenizer_init=True, dtype=dtype, enforce_eager=eager,
+        model_impl="transformers" if way == "transformers_backend" else "vllm",
+        # A repeat must compute its prompts again, as Transformers does.
+        enable_prefix_caching=False,
+        max_model_len=args["tokens_in"] + args["tokens_out"], max_num_seqs=max(args["batches"]),
+        disable_log_stats=True, **({"gpu_memory_utilization": memory} if memory else {}),
+    )
+    (served,) = set(llm.apply_model(lambda model: f"{type(model).__module__}.{type(model).__qualname__}"))
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=args["tokens_out"], min_tokens=args["tokens_out"], ignore_eos=True, detokenize=False
+    )
+
+    def generate(batch: int) -> int:
+        prompts = [{"prompt_token_ids": p} for p in _prompts(checkpoint, batch, args["tokens_in"])]
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        return sum(len(output.outputs[0].token_ids) for output in outputs)
+
+    return generate, {"class": served, "eager": eager}

@@ -1,0 +1,233 @@
+"""Checks of step `prove`: the engine as users run it, how fast it is, and the report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from portkit.checks.base import Check, CheckContext
+from portkit.checks.verdict import Table, Verdict
+from portkit.live.job import JobResult
+from portkit.port import Port, write_atomically
+from portkit.report.html import page
+from portkit.report.markdown import to_markdown
+from portkit.report.proof import proof_report
+from portkit.steps.prove.gather import gather
+from portkit.steps.register import tree
+
+EXACT = 1e-3
+"""Largest |Δ log p| in float32: correct ports lie at 1e-5 to 1e-4, the smallest seeded bugs at 1e-2."""
+FLOOR = 2.0
+"""In half precision: at most this many times Transformers' own mean distance from float32. Two
+implementations round independently, so a correct port is about as far from float32 as that is."""
+TOKENS = 24
+
+
+class _AsUsers(Check):
+    """What both proofs of parity share."""
+
+    step = "prove"
+    timeout = 600.0
+
+    def live(self, context: CheckContext, **args: Any) -> JobResult:
+        rule = context.port.state_dir / "vllm-source"
+        if not (rule / "tests" / "models" / "utils.py").is_file():
+            tree.unpack(rule)
+        return context.live.run(
+            "prove_run", timeout=self.timeout, progress=context.progress, rule=str(rule), tokens=TOKENS, **args
+        )
+
+    def judge(self, job: JobResult) -> tuple[str, str, Table]:
+        """Return (problem or "", most likely cause, table) of one run."""
+        value, rows = job.value, job.value["rows"]
+        exact = value["dtype"] == "float32"
+        table = Table(
+            f"{value['dtype']}, {_how(value)}: distance of log-probabilities to Transformers in float32",
+            ("prompt tokens", "generated", "first other token", "max", "mean", "Transformers' own mean"),
+            tuple(
+                (r["prompt"], r["tokens"], "none" if r["first_mismatch"] is None else r["first_mismatch"],
+                 f"{r['max']:.1e}", f"{r['mean']:.1e}", f"{r['floor_mean']:.1e}")
+                for r in rows
+            ),
+            note=f"Computed tokens: {value['scheduled'][0]} the first time, {value['scheduled'][1]} from cached "
+            "prefixes. The last column is Transformers in this precision against float32.",
+        )
+        if not value["rule"]["ok"]:
+            return f"vLLM's own rule (check_logprobs_close, top 5) fails: {value['rule']['text'][:300]}", "", table
+        worst = max(rows, key=lambda r: r["max"])
+        if exact and worst["max"] > EXACT:
+            return (
+                f"|Δ log p| is {worst['max']:.1e} on a prompt of {worst['prompt']} tokens; {EXACT:.0e} is the bound.",
+                "Eager passes and this does not: Python in forward depends on data, or keeps state between calls.",
+                table,
+            )
+        ratio = sum(r["mean"] for r in rows) / max(sum(r["floor_mean"] for r in rows), 1e-9)
+        if not exact and ratio > FLOOR:
+            return (
+                f"In {value['dtype']} the port is {ratio:.1f} times as far from float32 as Transformers itself "
+                f"is; {FLOOR:g} is the bound.",
+                "Something that Transformers computes in float32 (norm, softmax, router, rotary) is computed in "
+                f"{value['dtype']} here.", table,
+            )
+        if not all(r["again_equal"] for r in rows):
+            return (
+                "With its prefix cached, a prompt is continued with other tokens.",
+                "Something other than the tokens before decides what is in the KV cache.", table,
+            )
+        if value["scheduled"][1] >= value["scheduled"][0]:
+            return "Prefix caching was on, but no cached token was used.", "", table
+        return "", "", table
+
+
+class AsUsersRunIt(_AsUsers):
+    """Compiled, with prefix caching and vLLM's own settings, the port still agrees with Transformers.
+
+    By vLLM's own rule (`check_logprobs_close` of its tests/models/utils.py: each side's token is
+    in the other's top 5) and by distance: in float32 within 1e-3, and in the precision that vLLM
+    chooses by itself no further from float32 than twice what Transformers is in that precision.
+    """
+
+    id = "as_users_run_it"
+    title = "Compiled, cached, in vLLM's own precision"
+
+    def run(self, context: CheckContext) -> Verdict:
+        tables = []
+        for dtype in ("float32", "auto"):
+            job = self.live(context, tensor_parallel_size=1, eager=False, dtype=dtype)
+            if not job.ok:
+                return self.failed_job(job)
+            problem, cause, table = self.judge(job)
+            tables.append(table)
+            if not job.value["compiled"]:
+                return self.failed(
+                    "vLLM did not compile the port.", *tables, job=job, where=context.port.module,
+                    next="Put @support_torch_compile on the inner model class (step 3).",
+                )
+            if problem:
+                return self.failed(
+                    problem, *tables, job=job, where=context.port.module, causes=tuple(filter(None, [cause])),
+                    next="Compare with the same run eager: portkit check weights --only load_parity",
+                )
+        return self.passed(
+            f"{', '.join(job.value['compiled'])} compiled ({_how(job.value)}); vLLM's rule holds and the "
+            f"distances are rounding, in float32 and in {job.value['dtype']}.", *tables, job=job,
+        )
+
+
+class TensorParallel(_AsUsers):
+    """Two ranks give what one gives, with prefix caching, in float32.
+
+    Compiled where each rank has a GPU of its own; ranks that share one device run eagerly.
+    """
+
+    id = "tensor_parallel"
+    title = "On two ranks"
+
+    def run(self, context: CheckContext) -> Verdict:
+        job = self.live(context, tensor_parallel_size=2, eager=True, dtype="float32")
+        if not job.ok:
+            return self.failed_job(job)
+        problem, cause, table = self.judge(job)
+        if problem:
+            return self.failed(
+                problem, table, job=job, where=context.port.module, causes=tuple(filter(None, [cause])),
+                next="portkit check parallel: its rehearsals say which module differs.",
+            )
+        return self.passed("Two ranks agree with Transformers: rule and distance.", table, job=job)
+
+
+class Speed(Check):
+    """Tokens per second of the port, of Transformers' generate and of vLLM's other ways, in one run.
+
+    It fails if the port does not run at these sizes; a slow port is said, not failed, since a busy
+    machine is slow too.
+    """
+
+    id = "speed"
+    step = "prove"
+    title = "Tokens per second"
+    timeout = 400.0
+
+    WAYS = ("port", "native", "transformers_backend", "transformers")
+    BATCHES = (1, 8)
+
+    def run(self, context: CheckContext) -> Verdict:
+        jobs: dict[str, JobResult] = {}
+        for way in self.WAYS:
+            jobs[way] = context.live.run(
+                "tokens_per_second", timeout=self.timeout, progress=context.progress, way=way,
+                batches=list(self.BATCHES), tokens_in=32, tokens_out=48, repeats=3,
+            )
+        port = jobs["port"]
+        if not port.ok:
+            return self.failed_job(port)
+        rates = {w: {r["batch"]: r["rates"] for r in j.value["rows"]} for w, j in jobs.items() if j.ok}
+        rows = tuple(
+            (way, *(cell for b in self.BATCHES for cell in _rate(rates[way][b], rates["port"][b]))) for way in rates
+        )
+        how = port.value["how"]
+        absent = "; ".join(f"{way}: {job.what}" for way, job in jobs.items() if not job.ok)
+        table = Table(
+            f"Generated tokens per second, {how['dtype']}, {'eager' if how['eager'] else 'compiled'}, 32 in, 48 out",
+            ("way", *(c for b in self.BATCHES for c in (f"batch {b}: median (min-max)", "port / way"))), rows,
+            note="Median of three runs in one session; another machine, another number. " + absent,
+        )
+        largest = {way: median(by_batch[self.BATCHES[-1]]) for way, by_batch in rates.items()}
+        slower = [way for way, rate in largest.items() if largest["port"] < rate]
+        if slower:
+            table = replace(
+                table, note=f"{table.note} At batch {self.BATCHES[-1]} the port is slower than {', '.join(slower)}: "
+                "measure on a quiet machine; if it stays so, look for Python loops over tokens or layers.",
+            )
+        return self.passed("; ".join(f"{row[0]}: {row[1]} and {row[3]} tokens/s" for row in rows), table, job=port)
+
+
+class ReportWritten(Check):
+    """The report stands in the port, as HTML for reading and as Markdown for a pull request.
+
+    It holds the latest verdict of every check, with the state of the port that it judged. It fails
+    if a check of an earlier step failed, was never run, or judged another state of the port.
+    """
+
+    id = "report"
+    step = "prove"
+    title = "The report"
+    requires = ("as_users_run_it", "tensor_parallel", "speed")
+
+    def run(self, context: CheckContext) -> Verdict:
+        port = context.port
+        proof = gather(port)
+        written = write_report(port)
+        failed = [v.check for verdicts in proof.verdicts.values() for v in verdicts if v.status == "failed"]
+        for problem, ids in (("failed", failed), ("were never run", proof.missing)):
+            if ids:
+                return self.failed(
+                    f"Checks that {problem}: {', '.join(ids)}.", where=str(written[0]),
+                    next="portkit check all runs everything; the report is written again with this check.",
+                )
+        return self.passed(f"Written: {' and '.join(str(p.relative_to(port.root)) for p in written)}.")
+
+
+CHECKS = (AsUsersRunIt, TensorParallel, Speed, ReportWritten)
+
+
+def write_report(port: Port) -> tuple[Path, Path]:
+    """Write report/<name>.html and .md in the port and return their paths."""
+    report = proof_report(gather(port))
+    html, markdown = (port.root / "report" / f"{port.name}.{kind}" for kind in ("html", "md"))
+    write_atomically(html, page(report.blocks, f"{port.architecture} in vLLM"))
+    write_atomically(markdown, to_markdown(report.blocks))
+    return html, markdown
+
+
+def _how(value: dict[str, Any]) -> str:
+    if not value["compiled"]:
+        return "eager"
+    graphs = "" if value["cudagraphs"] == "NONE" else f", CUDA graphs {value['cudagraphs']}"
+    return f"compilation mode {value['mode']}{graphs}"
+
+
+def _rate(rates: list[float], ours: list[float]) -> tuple[str, str]:
+    return f"{median(rates):.0f} ({min(rates):.0f}-{max(rates):.0f})", f"{median(ours) / median(rates):.2f}"

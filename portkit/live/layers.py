@@ -1,0 +1,277 @@
+"""Judge a port's layers from the evidence of the job `layout`: classes, prefixes, shares.
+
+Pure functions on plain values; what they find, the checks of step `parallel` say. A module row is
+what `jobs/layout.py` writes. Imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from portkit.analysis.facts import ModelFacts
+
+Row = dict[str, Any]
+VLLM_KINDS = ("linear", "embedding", "head", "attention")
+
+ROLES = {
+    "QKVParallelLinear": "q, k and v in one product; each rank its heads",
+    "MergedColumnParallelLinear": "several products in one; each rank its columns of each",
+    "ColumnParallelLinear": "each rank its output columns; nothing to say to the others",
+    "RowParallelLinear": "each rank its input rows; the partial sums are all-reduced",
+    "ReplicatedLinear": "the same on every rank",
+    "VocabParallelEmbedding": "each rank its rows of the vocabulary; all-reduced",
+    "ParallelLMHead": "each rank its rows of the vocabulary; LogitsProcessor gathers them",
+    "Attention": "paged attention over this rank's heads",
+    "LogitsProcessor": "gathers the ranks' logits and cuts the padding off",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with one module."""
+
+    path: str
+    line: int
+    what: str
+    next: str
+
+
+def pattern(path: str) -> str:
+    """Write a module's path for all its layers: model.layers.*.mlp."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path)
+
+
+def grouped(rows: Iterable[Row], kinds: Collection[str]) -> list[tuple[str, int, Row]]:
+    """Return (path pattern, count, first row) of the modules of these kinds, in order."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["kind"] in kinds:
+            key = (pattern(row["path"]), row["class"], str(row["weights"]))
+            found.setdefault(key, []).append(row)
+    return [(key[0], len(same), same[0]) for key, same in found.items()]
+
+
+# ---- classes ------------------------------------------------------------------------------------
+
+
+def class_problems(layout: dict[str, Any], facts: ModelFacts) -> list[Problem]:
+    """Return the modules that are not of the class that vLLM's guide has for their role."""
+    problems = []
+    for path, count, row in grouped(layout["modules"], ("nn.Linear", "nn.Embedding", "linear")):
+        times = f" ({count} of them)" if count > 1 else ""
+        shape = row["weights"].get("weight") or [0, 0]
+        if row["kind"] == "nn.Embedding":
+            if shape[0] < layout["vocab_size"]:
+                continue  # Learned positions and the like: small, and every rank needs all of it.
+            problems.append(Problem(
+                path, row["line"],
+                f"{path} is an {row['class']} of {shape[0]} rows{times}: every rank would hold the whole vocabulary",
+                "VocabParallelEmbedding(vocab_size, hidden_size, quant_config=quant_config, prefix=...) "
+                "belongs there.",
+            ))
+        elif row["kind"] == "nn.Linear":
+            belongs, why = class_for(path.rpartition(".")[2], shape, layout, facts)
+            problems.append(Problem(
+                path, row["line"],
+                f"{path} is an nn.Linear{times}: every rank would hold and compute all of it, and "
+                "no quantisation could reach it",
+                f"{belongs} belongs there: {why}.",
+            ))
+        elif row["class"] == "ReplicatedLinear" and min(shape) >= layout["hidden_size"]:
+            belongs, why = class_for(path.rpartition(".")[2], shape, layout, facts)
+            problems.append(Problem(
+                path, row["line"],
+                f"{path} is a ReplicatedLinear of {shape[0]}x{shape[1]}{times}: every rank holds and "
+                "computes all of it",
+                f"{belongs} belongs there: {why}. ReplicatedLinear is for small products such as routers.",
+            ))
+    return problems
+
+
+def class_for(
+    attr: str, shape: list[int], layout: dict[str, Any], facts: ModelFacts
+) -> tuple[str, str]:
+    """Return the class that belongs where a linear stands, and why: by its role, else its shape."""
+    attention, head = facts.attention, facts.head
+    if attention and attr in {x.attr for x in (attention.q, attention.k, attention.v, attention.qkv) if x}:
+        return "QKVParallelLinear", "q, k and v become one `qkv_proj` that gives each rank its heads"
+    if attention and attention.o and attr == attention.o.attr:
+        return "RowParallelLinear", "its input is this rank's heads, its partial sums are all-reduced"
+    if head and attr == head.attr or shape[0] >= layout["vocab_size"]:
+        return "ParallelLMHead", "with LogitsProcessor in compute_logits, each rank has its rows of the vocabulary"
+    for mlp in facts.mlp:
+        if mlp.down and attr == mlp.down.attr:
+            return "RowParallelLinear", "its input is this rank's part of the MLP's width"
+        if mlp.gate and attr in {x.attr for x in (mlp.gate, mlp.up) if x}:
+            return "MergedColumnParallelLinear", "gate and up become one `gate_up_proj`, followed by SiluAndMul"
+        if mlp.up and attr == mlp.up.attr:
+            return "ColumnParallelLinear", "each rank computes its part of the MLP's width"
+    if min(shape) < layout["hidden_size"]:
+        return "ReplicatedLinear", "it is small, and what follows needs all of it"
+    if shape[1] > shape[0]:
+        return "RowParallelLinear", "it goes from a wide, divided input back to the hidden size"
+    return "ColumnParallelLinear", "each rank computes its columns of the output"
+
+
+# ---- prefixes -----------------------------------------------------------------------------------
+
+
+def prefix_problems(layout: dict[str, Any], tensors: Collection[str]) -> list[Problem]:
+    """Return modules whose prefix is not their path, or that the quantisation config never sees.
+
+    `tensors` are the checkpoint's names: fused layers whose members stand there need
+    packed_modules_mapping.
+    """
+    problems: dict[tuple[str, str], Problem] = {}
+    rows = [row for row in layout["modules"] if row["kind"] in VLLM_KINDS]
+    for row in rows:
+        path = row["path"]
+        if row["prefix"] != path and row["kind"] != "head":
+            problems.setdefault((pattern(path), "prefix"), Problem(
+                path, row["line"],
+                f"{path} was given the prefix {row['prefix']!r}" if row["prefix"] else f"{path} was given no prefix",
+                f'Pass prefix=f"{{prefix}}.{path.rpartition(".")[2]}" where it is made: a quantised '
+                "checkpoint names layers by their path.",
+            ))
+        elif row["kind"] == "head" and row["prefix"] != path and not _is_tied(path, layout):
+            problems.setdefault((path, "prefix"), Problem(
+                path, row["line"], f"{path} was given the prefix {row['prefix']!r}",
+                f'Pass prefix=maybe_prefix(prefix, "{path}").',
+            ))
+        if row["quant"] is None and row["kind"] != "attention" and not _is_tied(path, layout):
+            problems.setdefault((pattern(path), "quant"), Problem(
+                path, row["line"],
+                f"{path} was given no quant_config: it would silently stay unquantised",
+                "Pass quant_config=quant_config where it is made, and hand it down from "
+                "vllm_config.quant_config.",
+            ))
+    return [*problems.values(), *_packed_problems(layout, rows, tensors)]
+
+
+def _packed_problems(
+    layout: dict[str, Any], rows: list[Row], tensors: Collection[str]
+) -> list[Problem]:
+    parts = {part for name in tensors for part in name.split(".")}
+    problems: dict[str, Problem] = {}
+    for row in rows:
+        attr = row["path"].rpartition(".")[2]
+        if row["class"] not in ("QKVParallelLinear", "MergedColumnParallelLinear") or attr in parts:
+            continue
+        members = layout["packed"].get(attr)
+        if not members:
+            problems.setdefault(attr, Problem(
+                row["path"], row["line"],
+                f"{attr} fuses layers of the checkpoint, but packed_modules_mapping does not name it",
+                f'Add "{attr}": [...] with the checkpoint\'s names, in their order, to packed_modules_mapping of '
+                "the ForCausalLM class: ignore lists and LoRA adapters speak of the parts.",
+            ))
+        elif strangers := [m for m in members if m not in parts]:
+            problems.setdefault(attr, Problem(
+                row["path"], row["line"],
+                f"packed_modules_mapping says that {attr} holds {', '.join(strangers)}, which is in no tensor's name",
+                "Use the names of the checkpoint's tensors.",
+            ))
+    return list(problems.values())
+
+
+def _is_tied(path: str, layout: dict[str, Any]) -> bool:
+    """A tied head may be the embedding itself, or share its weight and leave its own name out."""
+    own = next(row for row in layout["modules"] if row["path"] == path)
+    return own["kind"] == "head" and bool(layout.get("tied"))
+
+
+# ---- shares -------------------------------------------------------------------------------------
+
+
+def shares(layout: dict[str, Any], ranks: int) -> list[tuple[str, str, str, str, float, str]]:
+    """Return per parameter (pattern, class, whole shape, a rank's shape, fraction, note).
+
+    From building the port as the first and as the last of `ranks` ranks.
+    """
+    whole = layout["ranks"]["1"]["shapes"][0]
+    part = layout["ranks"][str(ranks)]["shapes"][0]
+    classes = {row["path"]: row for row in layout["modules"]}
+    found: dict[str, tuple[str, str, str, str, float, str]] = {}
+    for name, shape in whole.items():
+        if name not in part or pattern(name) in found:
+            continue
+        row = classes.get(name.rpartition(".")[0], {})
+        fraction = math.prod(part[name]) / max(1, math.prod(shape))
+        found[pattern(name)] = (
+            pattern(name), row.get("class", ""), "x".join(map(str, shape)),
+            "x".join(map(str, part[name])), round(fraction, 3), _share_note(row, fraction, ranks),
+        )
+    return list(found.values())
+
+
+def _share_note(row: Row, fraction: float, ranks: int) -> str:
+    if abs(fraction - 1 / ranks) < 1e-9:
+        return ""
+    if row.get("class") == "QKVParallelLinear":
+        return "more ranks than KV heads: each holds a copy of one"
+    if fraction == 1:
+        return "the same on every rank"
+    return "not an even share"
+
+
+def held(layout: dict[str, Any], ranks: int) -> tuple[int, int]:
+    """Return (parameters of the whole model, parameters that the first of `ranks` ranks holds)."""
+    whole = layout["ranks"]["1"]["shapes"][0]
+    part = layout["ranks"][str(ranks)]["shapes"][0]
+    return sum(map(math.prod, whole.values())), sum(map(math.prod, part.values()))
+
+
+# ---- collectives --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Talk:
+    """What a kind of module says to the other ranks in one forward."""
+
+    path: str
+    modules: int
+    counted: str
+    needed: str
+    line: int
+    missing: bool
+    spare: bool
+
+
+def talks(layout: dict[str, Any], collectives: dict[str, dict[str, int]]) -> list[Talk]:
+    """Compare the collectives of one forward with those that its layers need.
+
+    A RowParallelLinear has to be followed by one all-reduce, its own or that of a module around it
+    (models with parallel blocks reduce the sum); embedding and logits need one each.
+    """
+    found: dict[str, Talk] = {}
+    for row in layout["modules"]:
+        path, kind = row["path"], row["kind"]
+        own = collectives.get(path, {})
+        row_parallel = kind == "linear" and (row["class"] == "RowParallelLinear" or row["reduces"])
+        if row_parallel or kind == "embedding":
+            needed = {"all_reduce": 1}
+        elif kind == "logits":
+            needed = {"gather or all_gather": 1}
+        else:
+            needed = {}
+        if not needed and not own:
+            continue
+        total = sum(own.values())
+        around = any(
+            collectives.get(path.rpartition(".")[0].rsplit(".", n)[0], {}).get("all_reduce") for n in (0, 1)
+        )
+        key = pattern(path)
+        before = found.get(key)
+        found[key] = Talk(
+            key, (before.modules if before else 0) + 1,
+            ", ".join(f"{n} {c}" for c, n in own.items()) or ("by the module around it" if around else "none"),
+            ", ".join(f"{n} {c}" for c, n in needed.items()) or "none",
+            row["line"],
+            bool(before and before.missing) or (bool(needed) and not total and not around),
+            bool(before and before.spare) or total > sum(needed.values()),
+        )
+    return list(found.values())

@@ -7,6 +7,7 @@ possible. Works from what the two models hold; knows no architecture by name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,17 @@ from portkit.live.trace import Captures, Divergence, paired
 
 NEAR = 1e-4
 """Relative to the largest value: as near as float32 rounding leaves two ways to compute the same."""
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "gelu in its tanh form": lambda x: nn.functional.gelu(x, approximate="tanh"),
+    "quick gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": torch.relu,
+    "relu squared": lambda x: torch.relu(x) ** 2,
+    "no function": lambda x: x,
+}
 
 
 class Diagnosis:
@@ -36,15 +48,15 @@ class Diagnosis:
         self.found: list[str] = []
         self.possible: list[str] = []
         self.call = ""
-        """The attribute whose call is to be looked at, if it is not the module itself."""
+        """The attribute to be looked at, if it is not the module itself."""
+        self.at_call = False
+        """Whether the fault is in what is handed over and not in how the module is made."""
 
     def run(self) -> tuple[str, ...]:
         """Return the causes, those that were proven before those that are only likely."""
         at = self.at
         if at.kind == "never called":
-            self.found.append(
-                f"The port makes {at.path} and loads its weights, but its forward never calls it."
-            )
+            self._never_called()
         elif at.kind == "shape":
             self.possible.append(
                 f"{at.path} ({at.role}) is {at.shape_ours} in vLLM and {at.shape_theirs} in "
@@ -67,6 +79,21 @@ class Diagnosis:
 
     # ---- by kind --------------------------------------------------------------------------------
 
+    def _never_called(self) -> None:
+        at = self.at
+        if isinstance(self._module(at.path), Attention):
+            self.found.append(
+                f"The port makes {at.path} but its forward never calls it: keys and values do not reach "
+                "vLLM's paged cache, and no later chunk or decode step can see them."
+            )
+            return
+        self.found.append(f"The port makes {at.path} and loads its weights, but its forward never calls it.")
+        parent = at.path.rpartition(".")[0]
+        rows = len(self.theirs.values[at.path, "out"])
+        for (path, role), value in self.ours.values.items():
+            if role == "out" and path.rpartition(".")[0] == parent and len(value) == 2 * rows:
+                self.found.append(f"{path} is called twice instead.")
+
     def _rotary(self) -> None:
         rotary = self._rotary_module()
         if rotary is not None:
@@ -77,6 +104,7 @@ class Diagnosis:
         passed = self.ours.extra.get("positions", [])
         if used and passed and used != passed[: len(used)]:
             wrong = next(i for i, (a, b) in enumerate(zip(used, passed, strict=False)) if a != b)
+            self.at_call = True
             self.found.append(
                 f"The rotary embedding is given position {used[wrong]} for the token at position "
                 f"{passed[wrong]}: positions are recomputed. Hand on the `positions` that forward "
@@ -90,7 +118,10 @@ class Diagnosis:
         elif rotary is not None and given is not None and isinstance(rotary, RotaryEmbedding):
             self._try_rotary(rotary, given, target)
         self._scaled(f"{self.at.role} before the attention")
-        self._matches()
+        other = self._matches()
+        if other and not other.startswith(self._projection(self.at.role)):
+            attention = self._attention_module()
+            self.call, self.at_call = self._name_of(attention) if attention is not None else "", True
         if self.at.first_ok:
             self.possible.append(
                 "Position 0 is right and later ones are not, which only a rotation can do: "
@@ -180,42 +211,41 @@ class Diagnosis:
         self._matches("What it is given is")
         name = self.at.path.rpartition(".")[2]
         parent = self.at.path.rpartition(".")[0]
-        product = self._activation(parent)
-        if product is not None:
-            self.found.append(product)
+        self._activation(parent, product=True)
         self._scaled(f"the input of {name}")
         self.possible.append(
             f"Everything computed before agrees, so the port's forward hands {name} another tensor "
             "than the original does: a norm, a residual, an activation or a scale in between."
         )
 
-    def _activation(self, parent: str) -> str | None:
-        """Try the orders and functions of a gated activation on the members' own outputs."""
+    def _activation(self, parent: str, *, product: bool) -> None:
+        """Try the functions and the order of an activation on what its neighbours returned."""
         branches = [
             (path, self._get(path, "out")) for path, role in self.theirs.values
             if role == "out" and path.rpartition(".")[0] == parent and path != self.at.path
-            and hasattr(self._original(path), "weight")
+            and getattr(self._original(path), "weight", None) is not None
         ]
         branches = [(p, t) for p, t in branches if t is not None and t.shape == self._ours().shape]
-        if len(branches) != 2:
-            return None
-        (first, a), (second, b) = branches
-        functions = {
-            "silu": nn.functional.silu, "gelu": nn.functional.gelu,
-            "gelu (tanh)": lambda x: nn.functional.gelu(x, approximate="tanh"), "relu": torch.relu,
-            "nothing": lambda x: x,
-        }
-        target = self.theirs.values[self.at.path, "in"]
-        right = next((n for n, f in functions.items() if self._near(f(a) * b, target)), "")
-        for name, function in functions.items():
-            if self._near(function(b) * a, self._ours()):
-                return (
-                    f"The activation is applied to {second.rpartition('.')[2]} and not to "
-                    f"{first.rpartition('.')[2]}: the two are swapped."
-                )
-            if self._near(function(a) * b, self._ours()) and name != right:
-                return f"The activation is {name}, the original's is {right or 'another'} (config.hidden_act)."
-        return None
+        if not branches or product and len(branches) != 2:
+            return
+        target = self.theirs.values[self.at.path, self.at.role]
+
+        def tried(name: str, which: int) -> torch.Tensor:
+            result = ACTIVATIONS[name](branches[which][1])
+            return result * branches[1 - which][1] if product else result
+
+        order = range(len(branches))
+        right = next(((n, w) for w in order for n in ACTIVATIONS if self._near(tried(n, w), target)), None)
+        used = next(((n, w) for w in order for n in ACTIVATIONS if self._near(tried(n, w), self._ours())), None)
+        if right is None or used is None or used == right:
+            return
+        if used[1] != right[1]:
+            self.found.append(
+                f"The activation is applied to {branches[used[1]][0].rpartition('.')[2]}, in the original to "
+                f"{branches[right[1]][0].rpartition('.')[2]}: the two are swapped."
+            )
+        if used[0] != right[0]:
+            self.found.append(f"The activation is {used[0]}, the original's is {right[0]} (config.hidden_act).")
 
     def _output(self) -> None:
         path = self.at.path
@@ -236,6 +266,13 @@ class Diagnosis:
             ):
                 self.found.append(f"The weight itself differs from the checkpoint's: {path} was not loaded as it should be.")
             self.possible.append("Its input agrees, its output does not: weight, bias, or the order inside a fused layer.")
+        elif original is not None and not any(True for _ in original.children()):
+            self._activation(path.rpartition(".")[0], product=False)
+            self._matches("What it returns is")
+            self.possible.append(
+                f"{path} is {type(original).__name__} in the original and {type(module).__name__} in the port, "
+                "or it is called on another tensor."
+            )
         else:
             self._scaled(f"What {path} returns")
             self._matches("What it returns is")
@@ -260,8 +297,7 @@ class Diagnosis:
             self.found.append("The original subtracts the mean: it is a LayerNorm.")
         self._matches("What it returns is")
         self.possible.append(
-            "A norm amplifies what comes before it: if its formula (mean, eps, 1 + weight) is the "
-            "original's, then its input is not: a residual left out or added twice, or two norms swapped."
+            "Its input agrees: its formula differs (mean, eps, 1 + weight), or its weight is another norm's."
         )
 
     def _bias(self, module: Any, original: Any, ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -301,17 +337,18 @@ class Diagnosis:
 
     # ---- helpers --------------------------------------------------------------------------------
 
-    def _matches(self, what: str = "vLLM's value is") -> None:
-        """Say so if our tensor is, number by number, another one of the original's."""
-        ours = self._ours()
+    def _matches(self, what: str = "vLLM's value is") -> str:
+        """Say so if our tensor is, number by number, another one of the original's; return its path."""
+        ours, target = self._ours(), self.theirs.values[self.at.path, self.at.role]
         for (path, role), value in self.theirs.values.items():
-            if (path, role) != (self.at.path, self.at.role) and value.shape == ours.shape and self._near(ours, value):
+            if value.shape == ours.shape and self._near(ours, value) and not self._near(target, value):
                 word = {"in": "the input of ", "out": "the output of "}.get(role, f"{role} of ")
                 self.found.append(
                     f"{what} exactly what the original has as {word}{path}: what should come between is left out, "
                     "or the wrong variable is used."
                 )
-                return
+                return path
+        return ""
 
     def _scaled(self, what: str) -> None:
         ours, theirs = self._ours(), self.theirs.values[self.at.path, self.at.role]

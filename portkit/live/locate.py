@@ -21,6 +21,12 @@ class Place:
     called: int
     text: str
     """The construction, or else the call, as it stands there."""
+    call_text: str = ""
+
+    @property
+    def at_call(self) -> str:
+        """The call, if there is one, for faults in what is handed over."""
+        return f"{self.file}:{self.called}: {self.call_text}" if self.called else str(self)
 
     def __str__(self) -> str:
         line = self.made or self.called
@@ -69,16 +75,28 @@ def _in_class(cls: type, names: list[str]) -> Place | None:
                 text = text or ast.unparse(node)
         elif isinstance(node, ast.Call) and not called and _is_self(node.func, names):
             called = node.lineno
+    call_text = lines[called - 1].strip() if called else ""
     if called and not made:
-        text = lines[called - 1].strip()
+        text = call_text
     if not text:
         return Place(file, start, 0, lines[0].strip())
     short = " ".join(text.split())
     shift = start - 1
     return Place(
         file, made and made + shift, called and called + shift,
-        short if len(short) <= WINDOW else short[: WINDOW - 2] + " …",
+        short if len(short) <= WINDOW else short[: WINDOW - 2] + " …", call_text,
     )
+
+
+def method_place(cls: type, name: str) -> Place | None:
+    """Return the last `return` of a method, where what it answers is put together."""
+    try:
+        lines, start = inspect.getsourcelines(inspect.unwrap(getattr(cls, name)))
+        file = Path(inspect.getsourcefile(inspect.unwrap(getattr(cls, name))) or "").name
+    except (OSError, TypeError, AttributeError):
+        return None
+    last = max((n for n, line in enumerate(lines) if line.strip().startswith("return")), default=0)
+    return Place(file, 0, start + last, lines[last].strip(), lines[last].strip())
 
 
 def _is_self(node: ast.expr, names: list[str]) -> bool:

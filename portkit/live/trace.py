@@ -99,13 +99,12 @@ def _hooked(model: nn.Module, captures: Captures) -> Iterator[None]:
         def after(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
             _keep(captures, (path, "out"), output, batched=True)
 
-        def before(module: nn.Module, args: Any, path: str = path) -> None:
-            if args:
-                _keep(captures, (path, "in"), args[0], batched=True)
+        def before(module: nn.Module, args: Any, kwargs: dict[str, Any], path: str = path) -> None:
+            _keep(captures, (path, "in"), _input(args, kwargs), batched=True)
 
         handles.append(module.register_forward_hook(after))
-        if _is_linear(module):
-            handles.append(module.register_forward_pre_hook(before))
+        if _has_input(module):
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
     try:
         yield
     finally:
@@ -255,13 +254,12 @@ def _hook_port_module(
     def after(module: nn.Module, args: Any, output: Any) -> None:
         keep((path, "out"), _main_tensor(module, output))
 
-    def before(module: nn.Module, args: Any) -> None:
-        if args:
-            keep((path, "in"), args[0])
+    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        keep((path, "in"), _input(args, kwargs))
 
     handles = [module.register_forward_hook(after)]
-    if _is_linear(module):
-        handles.append(module.register_forward_pre_hook(before))
+    if _has_input(module):
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
     return handles
 
 
@@ -292,8 +290,19 @@ def _rows(tensor: torch.Tensor, *, batched: bool) -> torch.Tensor:
     return tensor.reshape(tensor.shape[0], -1).to("cpu", torch.float32, copy=True)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | LinearBase) or type(module).__name__ == "Conv1D"
+def _has_input(module: nn.Module) -> bool:
+    """Whether the module is a linear or a norm, whose input is worth comparing too."""
+    weight = getattr(module, "weight", None)
+    norm = isinstance(weight, torch.Tensor) and weight.dim() == 1
+    return norm or isinstance(module, nn.Linear | LinearBase) or type(module).__name__ == "Conv1D"
+
+
+def _input(args: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Return what a module works on: for a fused add-norm that is its input plus the residual."""
+    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+    if len(tensors) == 2 and tensors[0].shape == tensors[1].shape and tensors[0].is_floating_point():
+        return tensors[0] + tensors[1]
+    return tensors[0] if tensors else None
 
 
 # ---- side by side ---------------------------------------------------------------------------------
@@ -312,6 +321,12 @@ def walk(
     for (path, role), reference in theirs.values.items():
         found = paired(ours, theirs, packed, path, role)
         if found is None:
+            unused = _unused_attention(path, role, modules, ours)
+            if unused:
+                return steps, Divergence(
+                    unused, role, "never called", float("inf"), float("inf"), 0, 0, (),
+                    _some(reference[0], 0), (), tuple(reference.shape),
+                )
             if role == "out" and _was_skipped(path, modules, ours, reference):
                 return steps, Divergence(
                     path, role, "never called", float("inf"), float("inf"), 0, 0, (),
@@ -374,6 +389,15 @@ def _was_skipped(path: str, modules: dict[str, nn.Module], ours: Captures, refer
     # A parallel head is not called: the LogitsProcessor uses its weight.
     head = path == "lm_head" or "Head" in type(module).__name__
     return bool(own) and not head and (path, "out") not in ours.values
+
+
+def _unused_attention(path: str, role: str, modules: dict[str, nn.Module], ours: Captures) -> str:
+    """Return the path of an Attention layer in the block `path` that was never called, or ""."""
+    if role != "q" or (path, "q") in ours.values:
+        return ""
+    return next(
+        (p for p, m in modules.items() if isinstance(m, Attention) and p.rpartition(".")[0] == path), ""
+    )
 
 
 def _some(row: torch.Tensor, column: int, count: int = 4) -> tuple[float, ...]:

@@ -19,6 +19,7 @@ from portkit.live import engine as live_engine
 from portkit.live.engine import Engine, Generated, Prompt
 from portkit.live.failure import describe
 from portkit.live.job import JobRequest
+from portkit.live.locate import place_of
 from portkit.live.parity import Comparison, compare, compare_decode
 from portkit.live.prompts import CELLS, Prompts, prompts_for, random_ids
 from portkit.live.reference import Reference
@@ -109,8 +110,13 @@ class _Evidence:
             "max_model_len": self.longest,
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "load": report.to_dict() if report else {},
+            "left_over_at": self._made_at(next(iter(report.left_over), "")) if report else "",
             **self._guarded(answer),
         }
+
+    def _made_at(self, tensor: str) -> str:
+        place = place_of(self.engine.model, tensor.rpartition(".")[0]) if tensor else None
+        return str(place) if place else ""
 
     def _prefill(self) -> dict[str, Any]:
         cases = []

@@ -145,7 +145,7 @@ class _Parity(Check):
         )
         tables = [_top_table(case, texts)]
         if trace.get("what"):
-            what += f" First diverging module: {trace['path']}: {trace['what']}, {_numbers(trace)}."
+            what += f" First diverging module: {trace['what']}, {_numbers(trace)}."
             tables.append(_walk_table(trace))
         elif trace.get("error"):
             what += f" (The trace stopped: {trace['error']['what']})"
@@ -196,7 +196,9 @@ class Starts(_Parity):
                 f"vLLM starts, but the port's forward stops: {error['what']}", table, where=error["where"],
                 next=error["next"], log=error["log"], job=job,
                 causes=("Tensors are flat in vLLM: hidden_states is [tokens, hidden], without a batch "
-                        "dimension; views and transposes for [batch, heads, tokens, ...] go.",),
+                        "dimension; views and transposes for [batch, heads, tokens, ...] go.",
+                        "If it stops inside Attention: the head counts and head size given to it must be those of q, "
+                        "k and v (num_kv_heads=)."),
             )
         if not found["attention_layers"]:
             return self.failed(
@@ -223,7 +225,7 @@ class Starts(_Parity):
         return self.failed(
             f"{len(names)} tensors of the checkpoint have no place in the port: {', '.join(names[:4])}"
             + (" ..." if len(names) > 4 else "."),
-            shown, table, where=names[0], job=job,
+            shown, table, where=job.value["starts"].get("left_over_at") or names[0], job=job,
             next="Give these layers their bias as the config says (bias=config...)." if biases
             else "Keep the original's attribute names, or name fused layers in packed_modules_mapping.",
             causes=(
@@ -389,12 +391,12 @@ CHECKS: tuple[type[Check], ...] = (
 
 def _numbers(trace: dict[str, Any]) -> str:
     if trace["kind"] == "never called":
-        return "is missing: the port never computes it"
+        return "which the port never computes"
     if trace["kind"] == "shape":
         return "has another shape"
     agree = f"positions 0 to {trace['first_ok'] - 1} agree, " if trace["first_ok"] else "already at position 0, "
     return (
-        f"{agree}then it differs by up to {trace['max_abs']:.3g} ({trace['relative']:.1%} of its largest value); "
+        f"{agree}then it differs by up to {trace['max_abs']:.3g} ({100 * trace['relative']:.2g} % of its largest value); "
         f"vLLM {_few(trace['ours'])}, Transformers {_few(trace['theirs'])}"
     )
 

@@ -2,9 +2,9 @@
 
 A tiny model as Transformers initialises it is a bad oracle: unit norms, zero biases and flat
 attention hide most mistakes. This one is hardened: norm weights and biases are random, attention is
-sharp, KV heads are fewer than heads, head_dim is no quotient, eps and rope_theta are not the
-defaults, soft caps and windows are small. Sizes are set where the config has the field; a config
-that refuses some of them keeps its own.
+sharp, KV heads are fewer than heads, head_dim is no quotient (but one that vLLM's kernels have),
+eps and rope_theta are not the defaults, soft caps and windows are small. Sizes are set where the
+config has the field; a config that refuses some of them keeps its own.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ SIZES: dict[str, int] = {
 }
 """Field → value, where a config has the field (and does not leave it None)."""
 HARD: dict[str, Any] = {
-    "head_dim": 40,
+    "head_dim": 64,
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-2,
     "layer_norm_eps": 1e-2,
@@ -69,7 +69,7 @@ HARD: dict[str, Any] = {
     "mlp_bias": True,
 }
 """Values that make mistakes show; dropped one by one if the class refuses them."""
-OPTIONAL = ("head_dim", "num_key_value_heads")
+OPTIONAL = ("head_dim", "num_key_value_heads", "num_experts_per_tok")
 """Fields that are set even where the config's default is None."""
 NO_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 

@@ -115,10 +115,10 @@ def _kind(model: torch.nn.Module) -> str:
 
 
 def _failed(phase: str, error: Exception) -> dict[str, Any]:
-    text = str(error).strip().splitlines()
+    said = " ".join(str(error).split()).split(" [type=")[0]  # pydantic repeats its input there
     return {
         "ran": False,
         "phase": phase,
-        "error": f"{type(error).__name__}: {text[0] if text else ''}",
+        "error": f"{type(error).__name__}: {said[:400]}",
         "trace": "".join(traceback.format_exception(error))[-4000:],
     }

@@ -196,9 +196,13 @@ def start(
             str(opened.root / "config.json"), "Use a checkpoint of the architecture being ported.",
         )
     ModelRegistry.register_model(port.architecture, cls)
+    reach = longest(opened.config, profile)
     options = {
         **profile.options,
-        "max_model_len": longest(opened.config, profile),
+        "max_model_len": reach,
+        # Room for two of the longest prompts. Filling the cache's memory takes seconds on a CPU, and
+        # FlexAttention without a compiler (CUDA, float32, eager) computes over all blocks there are.
+        "num_gpu_blocks_override": 2 * (reach // profile.options["block_size"]) + 32,
         "load_format": portkit_loader.LOAD_FORMAT if loader == "portkit" else "safetensors",
         "tensor_parallel_size": tensor_parallel_size,
         **llm_options,

@@ -35,6 +35,7 @@ USERS = {
     "enable_prompt_embeds": False,
     "max_num_batched_tokens": 2048,
     "block_size": None,
+    "num_gpu_blocks_override": None,
 }
 """What differs from the checks of the earlier steps: vLLM's own defaults."""
 

@@ -124,7 +124,9 @@ def view_module(source: str) -> ModuleView:
 
 
 def _view_class(node: ast.ClassDef) -> ClassView:
-    init = next((i for i in node.body if isinstance(i, ast.FunctionDef) and i.name == "__init__"), None)
+    init = next(
+        (i for i in node.body if isinstance(i, ast.FunctionDef) and i.name == "__init__"), None
+    )
     assigned: list[Assigned] = []
     local: dict[str, ast.expr] = {}
     seen: set[str] = set()
@@ -173,6 +175,8 @@ def argument(call: ast.Call, position: int, name: str) -> ast.expr | None:
     for keyword in call.keywords:
         if keyword.arg == name:
             return keyword.value
-    if position < len(call.args) and not any(isinstance(a, ast.Starred) for a in call.args[: position + 1]):
+    if position < len(call.args) and not any(
+        isinstance(a, ast.Starred) for a in call.args[: position + 1]
+    ):
         return call.args[position]
     return None

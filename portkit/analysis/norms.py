@@ -12,7 +12,9 @@ from typing import Any, Literal
 from portkit.analysis.classes import ClassView, call_name, text
 from portkit.analysis.symbolic import CannotTell, Interpreter
 
-Formula = Literal["rms", "rms_fp32_weight", "rms_one_plus_weight", "rms_no_weight", "layernorm", "unknown"]
+Formula = Literal[
+    "rms", "rms_fp32_weight", "rms_one_plus_weight", "rms_no_weight", "layernorm", "unknown"
+]
 """rms: w * (x * rsqrt(mean(x^2) + eps)), statistics in float32, cast back before the weight.
 rms_fp32_weight: the same, multiplied by the weight in float32 and cast back after.
 rms_one_plus_weight: Gemma's, multiplied by (1 + w) in float32.
@@ -103,7 +105,9 @@ class _Formula(Interpreter):
             helper = self.view.methods.get(method)
             if helper is None:
                 return super().call(node, values)
-            return self.run(helper, dict(zip([a.arg for a in helper.args.args[1:]], arguments)))
+            return self.run(
+                helper, dict(zip([a.arg for a in helper.args.args[1:]], arguments, strict=False))
+            )
         subject = self.value(node.func.value, values)
         if method == "float":
             return ("f32", subject)
@@ -121,7 +125,9 @@ class _Formula(Interpreter):
             return self._mean(node, subject, arguments, keywords)
         return super().call(node, values)
 
-    def _mean(self, node: ast.Call, subject: Any, arguments: list[Any], keywords: dict[str, Any]) -> Any:
+    def _mean(
+        self, node: ast.Call, subject: Any, arguments: list[Any], keywords: dict[str, Any]
+    ) -> Any:
         dimension = arguments[0] if arguments else keywords.get("dim")
         if dimension not in (-1, (-1,)) or not keywords.get("keepdim"):
             raise CannotTell("the mean is not over the last dimension", node)

@@ -68,15 +68,28 @@ class Reader:
             short = name.rsplit(".", 1)[-1]
             if isinstance(item.value, ast.Call) and (name in own or short in VLLM_NORMS):
                 call = item.value
-                size = call.args[0] if call.args else (call.keywords[0].value if call.keywords else None)
-                uses.append(NormUse(item.attr, name, text(view.resolve(size)) if size is not None else "", item.line))
+                size = (
+                    call.args[0]
+                    if call.args
+                    else (call.keywords[0].value if call.keywords else None)
+                )
+                uses.append(
+                    NormUse(
+                        item.attr,
+                        name,
+                        text(view.resolve(size)) if size is not None else "",
+                        item.line,
+                    )
+                )
         return tuple(uses)
 
     def _norm_class(self, view: ClassView) -> NormClass:
         formula, why, line = formula_of(view)
         init = view.init
         names = tuple(a.arg for a in init.args.args[1:]) if init else ()
-        defaults = dict(zip(reversed(names), reversed(init.args.defaults))) if init else {}
+        defaults = (
+            dict(zip(reversed(names), reversed(init.args.defaults), strict=False)) if init else {}
+        )
         eps = next((text(defaults[n]) for n in names if "eps" in n and n in defaults), "")
         return NormClass(view.name, formula, eps, names, why, line)
 
@@ -84,14 +97,20 @@ class Reader:
 
     def rotary(self, model: ClassView | None, attention: ClassView | None) -> RotaryFacts | None:
         module = self.module
-        functions = [f for name, f in module.functions.items() if "rotary" in name and len(f.args.args) >= 4]
+        functions = [
+            f for name, f in module.functions.items() if "rotary" in name and len(f.args.args) >= 4
+        ]
         holder = None
         for view in (model, attention):
             if view is not None and holder is None:
                 holder = self.submodule(view, lambda c: "inv_freq" in text(c.node))
         if not functions or holder is None:
             return None
-        called = {call_name(n) for n in ast.walk(attention.forward)} if attention and attention.forward else set()
+        called = (
+            {call_name(n) for n in ast.walk(attention.forward)}
+            if attention and attention.forward
+            else set()
+        )
         function = next((f for f in functions if f.name in called), functions[0])
         layout, partial, why, line = layout_of(module, holder[1], function)
         if layout == "unknown":
@@ -104,12 +123,17 @@ class Reader:
         mlps = []
         for item in view.assigned:
             found = self.module.classes.get(call_name(item.value))
-            if found is not None and (attention is None or found is not attention[1]) and linears_of(found):
-                if item.attr not in mlps:
-                    mlps.append(item.attr)
+            if (
+                found is not None
+                and (attention is None or found is not attention[1])
+                and linears_of(found)
+            ) and item.attr not in mlps:
+                mlps.append(item.attr)
         forward = text(view.forward) if view.forward else ""
         attr = attention[0] if attention else ""
-        return LayerFacts(view.name, view.line, attr, tuple(mlps), norms, _residual(forward, norms, attr, mlps))
+        return LayerFacts(
+            view.name, view.line, attr, tuple(mlps), norms, _residual(forward, norms, attr, mlps)
+        )
 
     def embedding(self, view: ClassView) -> EmbeddingFacts | None:
         for item in view.assigned:
@@ -119,8 +143,12 @@ class Reader:
                 bases = own.bases if own else ()
                 if name.rsplit(".", 1)[-1] in ("Embedding", "VocabParallelEmbedding"):
                     return EmbeddingFacts(item.attr, name, "", item.line)
-                if own is not None and any(b.rsplit(".", 1)[-1] in ("Embedding", "VocabParallelEmbedding") for b in bases):
-                    scale = next((k.value for k in call.keywords if k.arg and "scale" in k.arg), None)
+                if own is not None and any(
+                    b.rsplit(".", 1)[-1] in ("Embedding", "VocabParallelEmbedding") for b in bases
+                ):
+                    scale = next(
+                        (k.value for k in call.keywords if k.arg and "scale" in k.arg), None
+                    )
                     return EmbeddingFacts(item.attr, name, text(scale), item.line)
         return None
 
@@ -131,9 +159,14 @@ class Reader:
                 continue
             assert isinstance(item.value, ast.Call)
             bias = argument(item.value, 2, "bias")
-            ties = "_tied_weights_keys" in text(view.node) or "tie_weights" in text(view.node) or any(
-                "embed" in text(s.value) and "weight" in text(s.targets[0])
-                for s in ast.walk(view.node) if isinstance(s, ast.Assign)
+            ties = (
+                "_tied_weights_keys" in text(view.node)
+                or "tie_weights" in text(view.node)
+                or any(
+                    "embed" in text(s.value) and "weight" in text(s.targets[0])
+                    for s in ast.walk(view.node)
+                    if isinstance(s, ast.Assign)
+                )
             )
             scale, cap = _logit_operations(view)
             default = "True" if name == "Linear" else "False"
@@ -145,9 +178,16 @@ class Reader:
         for node in ast.walk(self.module.tree):
             if isinstance(node, ast.Attribute) and text(node.value) in ("config", "self.config"):
                 found.setdefault(node.attr, node.lineno)
-            elif isinstance(node, ast.Call) and call_name(node) == "getattr" and len(node.args) >= 2:
-                if text(node.args[0]) in ("config", "self.config") and isinstance(node.args[1], ast.Constant):
-                    found.setdefault(str(node.args[1].value), node.lineno)
+            elif (
+                (
+                    isinstance(node, ast.Call)
+                    and call_name(node) == "getattr"
+                    and len(node.args) >= 2
+                )
+                and text(node.args[0]) in ("config", "self.config")
+                and isinstance(node.args[1], ast.Constant)
+            ):
+                found.setdefault(str(node.args[1].value), node.lineno)
         return tuple(sorted(found.items(), key=lambda pair: pair[1]))
 
 
@@ -159,13 +199,17 @@ def read_facts(source: str, architecture: str) -> ModelFacts:
         reader.cannot_tell("roles", f"there is no class {architecture} in the file", 1)
     held = reader.submodule(lm, lambda c: reader.layers_of(c) is not None) if lm else None
     if lm is not None and held is None:
-        reader.cannot_tell("roles", f"no submodule of {architecture} holds a list of decoder layers", lm.line)
+        reader.cannot_tell(
+            "roles", f"no submodule of {architecture} holds a list of decoder layers", lm.line
+        )
     model = held[1] if held else None
     layers = reader.layers_of(model) if model else None
     layer = reader.layer(layers[1]) if layers else None
     attention = reader.submodule(layers[1], is_attention) if layers else None
     if layers and attention is None:
-        reader.cannot_tell("roles", f"no submodule of {layers[1].name} is an attention", layers[1].line)
+        reader.cannot_tell(
+            "roles", f"no submodule of {layers[1].name} is an attention", layers[1].line
+        )
     rotary = reader.rotary(model, attention[1] if attention else None)
     attention_facts = read_attention(reader, attention[1]) if attention else None
     mlps = []
@@ -198,7 +242,9 @@ def read_facts(source: str, architecture: str) -> ModelFacts:
     )
 
 
-def _state(reader: Reader, lm: ClassView | None, model: ClassView | None, attention: ClassView | None):
+def _state(
+    reader: Reader, lm: ClassView | None, model: ClassView | None, attention: ClassView | None
+):
     if lm is None or attention is None or attention.init is None:
         return "copy"
     if "load_weights" in lm.methods:
@@ -206,7 +252,9 @@ def _state(reader: Reader, lm: ClassView | None, model: ClassView | None, attent
     called = {call_name(n) for n in ast.walk(attention.init)}
     if "QKVParallelLinear" in called and "ParallelLMHead" in text(lm.node):
         return "parallel"
-    takes = [a.arg for f in (lm.forward, model.forward if model else None) if f for a in f.args.args]
+    takes = [
+        a.arg for f in (lm.forward, model.forward if model else None) if f for a in f.args.args
+    ]
     if "Attention" in called and "positions" in takes and "compute_logits" in lm.methods:
         return "forward"
     return "copy"
@@ -217,8 +265,16 @@ def _config_class(module: ModuleView, *views: ClassView | None) -> str:
         for node in ast.walk(view.node) if view else ():
             if isinstance(node, ast.arg) and node.arg == "config" and node.annotation is not None:
                 return text(node.annotation)
-    return next((n for n in module.imported if n.endswith("Config") and n[0].isupper() and n not in
-                 ("CacheConfig", "VllmConfig", "QuantizationConfig")), "")
+    return next(
+        (
+            n
+            for n in module.imported
+            if n.endswith("Config")
+            and n[0].isupper()
+            and n not in ("CacheConfig", "VllmConfig", "QuantizationConfig")
+        ),
+        "",
+    )
 
 
 def _residual(forward: str, norms: tuple[NormUse, ...], attention: str, mlps: list[str]):
@@ -229,7 +285,9 @@ def _residual(forward: str, norms: tuple[NormUse, ...], attention: str, mlps: li
     except SyntaxError:
         return "other"
     names = {n.attr: "norm" for n in norms} | {attention: "attention"} | {m: "mlp" for m in mlps}
-    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and call_name(n).startswith("self.")]
+    calls = [
+        n for n in ast.walk(tree) if isinstance(n, ast.Call) and call_name(n).startswith("self.")
+    ]
     for call in sorted(calls, key=lambda n: (n.lineno, -n.col_offset)):
         kind = names.get(call_name(call).removeprefix("self."))
         if kind:
@@ -249,7 +307,11 @@ def _logit_operations(view: ClassView) -> tuple[str, str]:
     for method in (view.methods.get("compute_logits"), view.forward):
         if method is None or scale or cap:
             continue
-        statements = [s for s in ast.walk(method) if isinstance(s, ast.Assign) and text(s.targets[0]) == "logits"]
+        statements = [
+            s
+            for s in ast.walk(method)
+            if isinstance(s, ast.Assign) and text(s.targets[0]) == "logits"
+        ]
         values = [s.value for s in sorted(statements, key=lambda s: s.lineno)]
         tanh = any(call_name(v).rsplit(".", 1)[-1] == "tanh" for v in values)
         for value in values:

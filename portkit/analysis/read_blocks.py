@@ -29,9 +29,14 @@ def linear_of(view: ClassView, item: Assigned) -> Linear | None:
         return None
     first, second, bias_position, default = known
     shown = [argument(item.value, 0, first), argument(item.value, 1, second)]
-    sizes = [text(view.resolve(e)).replace("self.config.", "config.") if e is not None else "" for e in shown]
+    sizes = [
+        text(view.resolve(e)).replace("self.config.", "config.") if e is not None else ""
+        for e in shown
+    ]
     bias = argument(item.value, bias_position, "bias")
-    return Linear(item.attr, name, sizes[0], sizes[1], text(bias) if bias is not None else default, item.line)
+    return Linear(
+        item.attr, name, sizes[0], sizes[1], text(bias) if bias is not None else default, item.line
+    )
 
 
 def linears_of(view: ClassView) -> dict[str, Linear]:
@@ -57,11 +62,18 @@ def attention_call(view: ClassView) -> ast.Call | None:
     if view.forward is None:
         return None
     for node in ast.walk(view.forward):
-        if isinstance(node, ast.Call) and node.args and text(node.args[0]) == "self" and len(node.args) >= 4:
+        if (
+            isinstance(node, ast.Call)
+            and node.args
+            and text(node.args[0]) == "self"
+            and len(node.args) >= 4
+        ):
             return node
     for item in view.assigned:
         if call_name(item.value) == "Attention":
-            return next((n for n in ast.walk(view.forward) if call_name(n) == f"self.{item.attr}"), None)
+            return next(
+                (n for n in ast.walk(view.forward) if call_name(n) == f"self.{item.attr}"), None
+            )
     return None
 
 
@@ -71,12 +83,17 @@ def read_attention(reader: Reader, view: ClassView) -> AttentionFacts:
     flows = _flows(view, set(linears))
     call = attention_call(view)
     if call is None:
-        reader.cannot_tell("attention", f"{view.name}.forward has no attention_interface(self, q, k, v, ...) call",
-                           view.forward.lineno if view.forward else view.line)
+        reader.cannot_tell(
+            "attention",
+            f"{view.name}.forward has no attention_interface(self, q, k, v, ...) call",
+            view.forward.lineno if view.forward else view.line,
+        )
     inputs = [a for a in call.args if text(a) != "self"][:3] if call else []
     role = {}
-    for name, node in zip("qkv", inputs):
-        sources = {s for n in ast.walk(node) if isinstance(n, ast.Name) for s in flows.get(n.id, ())}
+    for name, node in zip("qkv", inputs, strict=False):
+        sources = {
+            s for n in ast.walk(node) if isinstance(n, ast.Name) for s in flows.get(n.id, ())
+        }
         role[name] = next(iter(sources), None) if len(sources) == 1 else None
     fused = role.get("q") is not None and role.get("q") == role.get("k") == role.get("v")
     output = _output_linear(view, linears, set(role.values()))
@@ -92,7 +109,9 @@ def read_attention(reader: Reader, view: ClassView) -> AttentionFacts:
     else:
         head_dim = "self.head_dim" if view.get("head_dim") else ""
         keywords = {k.arg: text(k.value) for k in call.keywords if k.arg} if call else {}
-        scaling, window, cap = (keywords.get(n, "") for n in ("scaling", "sliding_window", "softcap"))
+        scaling, window, cap = (
+            keywords.get(n, "") for n in ("scaling", "sliding_window", "softcap")
+        )
     q, k, v = (linears.get(role.get(n) or "") for n in "qkv")
     resolved_dim = text(view.resolve(ast.parse(head_dim, mode="eval").body)) if head_dim else ""
     resolved_dim = resolved_dim.replace("self.config.", "config.")
@@ -103,13 +122,25 @@ def read_attention(reader: Reader, view: ClassView) -> AttentionFacts:
     norms = tuple(n for n in reader.norms_of(view))
     per_head = None
     if norms:
-        per_head = all(n.size.replace("self.config.", "config.") in (resolved_dim, head_dim) for n in norms)
+        per_head = all(
+            n.size.replace("self.config.", "config.") in (resolved_dim, head_dim) for n in norms
+        )
     return AttentionFacts(
-        cls=view.name, line=view.line, q=None if fused else q, k=None if fused else k, v=None if fused else v,
-        o=linears.get(output), qkv=q if fused else None,
-        num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, scaling=scaling,
-        sliding_window="" if window == "None" else window, soft_cap="" if cap == "None" else cap,
-        norms=norms, per_head_norm=per_head,
+        cls=view.name,
+        line=view.line,
+        q=None if fused else q,
+        k=None if fused else k,
+        v=None if fused else v,
+        o=linears.get(output),
+        qkv=q if fused else None,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        scaling=scaling,
+        sliding_window="" if window == "None" else window,
+        soft_cap="" if cap == "None" else cap,
+        norms=norms,
+        per_head_norm=per_head,
     )
 
 
@@ -122,8 +153,12 @@ def _flows(view: ClassView, linears: set[str]) -> dict[str, frozenset[str]]:
             return frozenset({call_name(node).removeprefix("self.")})
         if isinstance(node, ast.Name):
             return flows.get(node.id, frozenset())
-        return frozenset(s for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)
-                         for s in sources(child))
+        return frozenset(
+            s
+            for child in ast.iter_child_nodes(node)
+            if isinstance(child, ast.expr)
+            for s in sources(child)
+        )
 
     def rotates(value: ast.expr, targets: list[ast.expr]) -> bool:
         return isinstance(value, ast.Call) and len(targets) == 2 and len(value.args) >= 2
@@ -132,7 +167,10 @@ def _flows(view: ClassView, linears: set[str]) -> dict[str, frozenset[str]]:
         if not isinstance(statement, ast.Assign | ast.AnnAssign) or statement.value is None:
             continue
         target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
-        if any(isinstance(n, ast.Call) and n.args and text(n.args[0]) == "self" for n in ast.walk(statement.value)):
+        if any(
+            isinstance(n, ast.Call) and n.args and text(n.args[0]) == "self"
+            for n in ast.walk(statement.value)
+        ):
             break
         if isinstance(target, ast.Name):
             flows[target.id] = sources(statement.value)
@@ -145,7 +183,7 @@ def _flows(view: ClassView, linears: set[str]) -> dict[str, frozenset[str]]:
                 parts = [sources(a) for a in tensors] if len(tensors) == 2 else [sources(value)] * 2
             else:
                 parts = [sources(value)] * len(target.elts)
-            for element, part in zip(target.elts, parts):
+            for element, part in zip(target.elts, parts, strict=False):
                 if isinstance(element, ast.Name):
                     flows[element.id] = part
     return flows
@@ -160,7 +198,11 @@ def _ordered(function: ast.FunctionDef | None) -> list[ast.stmt]:
 
 def _output_linear(view: ClassView, linears: dict[str, Linear], inputs: set[str | None]) -> str:
     """The linear called after attention: the only one that is none of q, k, v."""
-    called = [call_name(n).removeprefix("self.") for n in ast.walk(view.forward) if isinstance(n, ast.Call)]
+    called = [
+        call_name(n).removeprefix("self.")
+        for n in ast.walk(view.forward)
+        if isinstance(n, ast.Call)
+    ]
     rest = [attr for attr in linears if attr in called and attr not in inputs]
     return rest[0] if len(rest) == 1 else ""
 
@@ -233,19 +275,66 @@ def read_mlp(reader: Reader, view: ClassView) -> MlpFacts:
             raise CannotTell(f"{view.name} has no forward(x)", view.node)
         term = _Mlp(view, set(linears)).run(forward, {forward.args.args[1].arg: ("x",)})
         match term:
-            case ("linear", down, ("mul", ("act", act, ("linear", gate, ("x",))), ("linear", up, ("x",)))) | (
-                "linear", down, ("mul", ("linear", up, ("x",)), ("act", act, ("linear", gate, ("x",))))
+            case (
+                "linear",
+                down,
+                ("mul", ("act", act, ("linear", gate, ("x",))), ("linear", up, ("x",))),
+            ) | (
+                "linear",
+                down,
+                ("mul", ("linear", up, ("x",)), ("act", act, ("linear", gate, ("x",)))),
             ):
-                return MlpFacts(view.name, view.line, "gated", linears[gate], linears[up], linears[down], act, activation)
-            case ("linear", down, ("mul", ("act", act, ("part", ("linear", up, ("x",)), 0)), ("part", _, 1))) | (
-                "linear", down, ("mul", ("part", _, 1), ("act", act, ("part", ("linear", up, ("x",)), 0)))
+                return MlpFacts(
+                    view.name,
+                    view.line,
+                    "gated",
+                    linears[gate],
+                    linears[up],
+                    linears[down],
+                    act,
+                    activation,
+                )
+            case (
+                "linear",
+                down,
+                ("mul", ("act", act, ("part", ("linear", up, ("x",)), 0)), ("part", _, 1)),
+            ) | (
+                "linear",
+                down,
+                ("mul", ("part", _, 1), ("act", act, ("part", ("linear", up, ("x",)), 0))),
             ):
-                return MlpFacts(view.name, view.line, "gated_fused", None, linears[up], linears[down], act, activation)
+                return MlpFacts(
+                    view.name,
+                    view.line,
+                    "gated_fused",
+                    None,
+                    linears[up],
+                    linears[down],
+                    act,
+                    activation,
+                )
             case ("linear", down, ("act", act, ("linear", up, ("x",)))):
-                return MlpFacts(view.name, view.line, "plain", None, linears[up], linears[down], act, activation)
-        why, line = f"{view.name} is neither down(act(gate(x)) * up(x)) nor down(act(up(x)))", forward.lineno
+                return MlpFacts(
+                    view.name, view.line, "plain", None, linears[up], linears[down], act, activation
+                )
+        why, line = (
+            f"{view.name} is neither down(act(gate(x)) * up(x)) nor down(act(up(x)))",
+            forward.lineno,
+        )
     except CannotTell as unknown:
         why, line = unknown.what, unknown.line or view.line
-    if all(linear.cls.endswith("nn.Linear") or linear.cls == "Linear" for linear in linears.values()):
+    if all(
+        linear.cls.endswith("nn.Linear") or linear.cls == "Linear" for linear in linears.values()
+    ):
         reader.cannot_tell("mlp", why, line)
-    return MlpFacts(view.name, view.line, "unknown", None, None, None, acts[0].attr if acts else "", activation, why)
+    return MlpFacts(
+        view.name,
+        view.line,
+        "unknown",
+        None,
+        None,
+        None,
+        acts[0].attr if acts else "",
+        activation,
+        why,
+    )

@@ -71,15 +71,21 @@ class _Indices(Interpreter):
     def unary(self, node: ast.UnaryOp, operand: Any) -> Any:
         if isinstance(node.op, ast.USub):
             if isinstance(operand, Vector):
-                return Vector(tuple(frozenset((-s, a) for s, a in t) for t in operand.terms), operand.pending)
+                return Vector(
+                    tuple(frozenset((-s, a) for s, a in t) for t in operand.terms), operand.pending
+                )
             if isinstance(operand, int | float):
                 return -operand
         return super().unary(node, operand)
 
     def binary(self, node: ast.BinOp, left: Any, right: Any) -> Any:
         if isinstance(left, int | float) and isinstance(right, int | float):
-            operations = {ast.FloorDiv: lambda: left // right, ast.Mult: lambda: left * right,
-                          ast.Add: lambda: left + right, ast.Sub: lambda: left - right}
+            operations = {
+                ast.FloorDiv: lambda: left // right,
+                ast.Mult: lambda: left * right,
+                ast.Add: lambda: left + right,
+                ast.Sub: lambda: left - right,
+            }
             if type(node.op) in operations:
                 return operations[type(node.op)]()
         if isinstance(node.op, ast.Mult) and right == 1:
@@ -87,14 +93,19 @@ class _Indices(Interpreter):
         if isinstance(left, Vector) and isinstance(right, Vector) and len(left) == len(right):
             if isinstance(node.op, ast.Add | ast.Sub):
                 sign = 1 if isinstance(node.op, ast.Add) else -1
-                return Vector(tuple(
-                    a | frozenset((sign * s, atoms) for s, atoms in b) for a, b in zip(left.terms, right.terms)
-                ))
+                return Vector(
+                    tuple(
+                        a | frozenset((sign * s, atoms) for s, atoms in b)
+                        for a, b in zip(left.terms, right.terms, strict=False)
+                    )
+                )
             if isinstance(node.op, ast.Mult):
-                return Vector(tuple(
-                    frozenset((s * t, tuple(sorted(x + y))) for s, x in a for t, y in b)
-                    for a, b in zip(left.terms, right.terms)
-                ))
+                return Vector(
+                    tuple(
+                        frozenset((s * t, tuple(sorted(x + y))) for s, x in a for t, y in b)
+                        for a, b in zip(left.terms, right.terms, strict=False)
+                    )
+                )
         return super().binary(node, left, right)
 
     def subscript(self, node: ast.Subscript, values: dict[str, Any]) -> Any:
@@ -110,7 +121,10 @@ class _Indices(Interpreter):
             if isinstance(last, ast.Constant) and last.value in (None, Ellipsis):
                 return subject
             if isinstance(last, ast.Slice):
-                bounds = [None if b is None else self.value(b, values) for b in (last.lower, last.upper, last.step)]
+                bounds = [
+                    None if b is None else self.value(b, values)
+                    for b in (last.lower, last.upper, last.step)
+                ]
                 if len(parts) == 1 and bounds == [None, None, None]:
                     return subject
                 if all(b is None or isinstance(b, int) for b in bounds) and len(parts) > 1:
@@ -122,9 +136,11 @@ class _Indices(Interpreter):
         if name in self.module.functions:
             function = self.module.functions[name]
             names = [a.arg for a in function.args.args]
-            bound = dict(zip(names, (self.value(a, values) for a in node.args)))
+            bound = dict(zip(names, (self.value(a, values) for a in node.args), strict=False))
             bound |= {k.arg: self.value(k.value, values) for k in node.keywords if k.arg}
-            for parameter, default in zip(reversed(names), reversed(function.args.defaults)):
+            for parameter, default in zip(
+                reversed(names), reversed(function.args.defaults), strict=False
+            ):
                 bound.setdefault(parameter, self.value(default, {}))
             return self.run(function, bound)
         keywords = {k.arg: self.value(k.value, values) for k in node.keywords if k.arg}
@@ -133,7 +149,10 @@ class _Indices(Interpreter):
             return Vector(tuple(term for part in parts for term in part.terms))
         if name == "torch.stack":
             parts = self.value(node.args[0], values)
-            return Vector(tuple(t for group in zip(*(p.terms for p in parts)) for t in group), len(parts))
+            return Vector(
+                tuple(t for group in zip(*(p.terms for p in parts), strict=False) for t in group),
+                len(parts),
+            )
         if name == "torch.repeat_interleave":
             return self._repeat(self.value(node.args[0], values), self.value(node.args[1], values))
         if name == "torch.chunk":
@@ -143,12 +162,24 @@ class _Indices(Interpreter):
         subject = self.value(node.func.value, values)
         method = node.func.attr
         if isinstance(subject, Vector):
-            if method in ("to", "float", "type_as", "unsqueeze", "contiguous", "expand", "clone", "type"):
+            if method in (
+                "to",
+                "float",
+                "type_as",
+                "unsqueeze",
+                "contiguous",
+                "expand",
+                "clone",
+                "type",
+            ):
                 return subject
             if method in ("cos", "sin"):
-                return Vector(tuple(
-                    frozenset((s, tuple(f"{method} {a}" for a in atoms)) for s, atoms in t) for t in subject.terms
-                ))
+                return Vector(
+                    tuple(
+                        frozenset((s, tuple(f"{method} {a}" for a in atoms)) for s, atoms in t)
+                        for t in subject.terms
+                    )
+                )
             if method == "repeat_interleave":
                 return self._repeat(subject, self.value(node.args[0], values))
             if method == "chunk":
@@ -164,7 +195,11 @@ class _Indices(Interpreter):
         return Vector(tuple(term for term in vector.terms for _ in range(count)))
 
     def _chunk(self, node: ast.Call, vector: Vector) -> tuple[Vector, ...]:
-        count = 2 if len(node.args) < 1 else next((a.value for a in node.args if isinstance(a, ast.Constant)), 2)
+        count = (
+            2
+            if len(node.args) < 1
+            else next((a.value for a in node.args if isinstance(a, ast.Constant)), 2)
+        )
         size = len(vector) // count
         return tuple(Vector(vector.terms[i * size : (i + 1) * size]) for i in range(count))
 
@@ -188,11 +223,19 @@ class _Frequencies(_Indices):
                 if inner.func.attr in ("cos", "sin"):
                     break
                 inner = inner.func.value
-            if isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.Mult | ast.MatMult) and mentions_positions:
+            if (
+                isinstance(inner, ast.BinOp)
+                and isinstance(inner.op, ast.Mult | ast.MatMult)
+                and mentions_positions
+            ):
                 return self.frequencies
             if not mentions_positions:
                 return self.frequencies
-        if isinstance(node, ast.Subscript | ast.Call) and "position" in text(node) and "inv_freq" not in text(node):
+        if (
+            isinstance(node, ast.Subscript | ast.Call)
+            and "position" in text(node)
+            and "inv_freq" not in text(node)
+        ):
             return "positions"
         return super().value(node, values)
 
@@ -211,14 +254,20 @@ def _expected(style: str, rotary_dim: int, prefix: str) -> tuple[Any, ...]:
             frequency, partner, sign = i % half, (i + half) % rotary_dim, -1 if i < half else 1
         else:
             frequency, partner, sign = i // 2, i ^ 1, -1 if i % 2 == 0 else 1
-        out.append(frozenset({
-            (1, tuple(sorted((f"{prefix}{i}", f"cos f{frequency}")))),
-            (sign, tuple(sorted((f"{prefix}{partner}", f"sin f{frequency}")))),
-        }))
+        out.append(
+            frozenset(
+                {
+                    (1, tuple(sorted((f"{prefix}{i}", f"cos f{frequency}")))),
+                    (sign, tuple(sorted((f"{prefix}{partner}", f"sin f{frequency}")))),
+                }
+            )
+        )
     return tuple(out)
 
 
-def layout_of(module: ModuleView, rotary: ClassView, function: ast.FunctionDef) -> tuple[Layout, bool, str, int]:
+def layout_of(
+    module: ModuleView, rotary: ClassView, function: ast.FunctionDef
+) -> tuple[Layout, bool, str, int]:
     """(layout, the function passes a rest of the head through, why unknown, line).
 
     Runs `function(q, k, cos, sin)` on a head of eight dimensions, all of them rotated and then
@@ -230,27 +279,46 @@ def layout_of(module: ModuleView, rotary: ClassView, function: ast.FunctionDef) 
         try:
             cos, sin = _run_class(module, rotary, rotary_dim)
             names = [a.arg for a in function.args.args]
-            values: dict[str, Any] = dict(zip(names, (named("q", HEAD), named("k", HEAD), cos, sin)))
+            values: dict[str, Any] = dict(
+                zip(names, (named("q", HEAD), named("k", HEAD), cos, sin), strict=False)
+            )
             values.setdefault("unsqueeze_dim", 1)
             for extra in names[4:]:
                 values.setdefault(extra, ("name", extra))
             rotated = _Indices(module).run(function, values)
-            if not isinstance(rotated, tuple) or len(rotated) != 2 or not isinstance(rotated[0], Vector):
+            if (
+                not isinstance(rotated, tuple)
+                or len(rotated) != 2
+                or not isinstance(rotated[0], Vector)
+            ):
                 return "unknown", False, f"{function.name} does not return (q, k)", function.lineno
         except CannotTell as unknown:
             if rotary_dim == HEAD:
                 return "unknown", False, unknown.what, unknown.line or function.lineno
             break
         for style in ("half", "neighbours"):
-            if all(v.terms == _expected(style, rotary_dim, p) for v, p in zip(rotated, "qk")):
+            if all(
+                v.terms == _expected(style, rotary_dim, p)
+                for v, p in zip(rotated, "qk", strict=False)
+            ):
                 found.append(style)
                 partial = rotary_dim != HEAD
                 break
         else:
             if rotary_dim == HEAD:
-                return "unknown", False, f"{function.name} pairs dimensions in neither of vLLM's two ways", function.lineno
+                return (
+                    "unknown",
+                    False,
+                    f"{function.name} pairs dimensions in neither of vLLM's two ways",
+                    function.lineno,
+                )
     if len(set(found)) != 1:
-        return "unknown", False, f"{function.name} pairs dimensions in neither of vLLM's two ways", function.lineno
+        return (
+            "unknown",
+            False,
+            f"{function.name} pairs dimensions in neither of vLLM's two ways",
+            function.lineno,
+        )
     return found[0], partial, "", function.lineno
 
 
@@ -259,7 +327,9 @@ def _run_class(module: ModuleView, rotary: ClassView, rotary_dim: int) -> tuple[
     if forward is None:
         raise CannotTell(f"{rotary.name} has no forward", rotary.node)
     names = [a.arg for a in forward.args.args[1:]]
-    values: dict[str, Any] = {name: "positions" if "position" in name else ("name", name) for name in names}
+    values: dict[str, Any] = {
+        name: "positions" if "position" in name else ("name", name) for name in names
+    }
     values["x" if "x" in values else names[0]] = named("x", HEAD)
     result = _Frequencies(module, rotary, rotary_dim).run(forward, values)
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Vector):

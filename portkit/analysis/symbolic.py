@@ -55,8 +55,12 @@ class Interpreter:
     def _bind(self, target: ast.expr, value: Any, values: dict[str, Any]) -> None:
         if isinstance(target, ast.Name):
             values[target.id] = value
-        elif isinstance(target, ast.Tuple) and isinstance(value, tuple) and len(value) == len(target.elts):
-            for element, part in zip(target.elts, value):
+        elif (
+            isinstance(target, ast.Tuple)
+            and isinstance(value, tuple)
+            and len(value) == len(target.elts)
+        ):
+            for element, part in zip(target.elts, value, strict=False):
                 self._bind(element, part, values)
         else:
             raise CannotTell(f"cannot follow the assignment to `{text(target)}`", target)

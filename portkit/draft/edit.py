@@ -73,7 +73,9 @@ def members(node: cst.ClassDef) -> list[Statement]:
 
 
 def method(node: cst.ClassDef, name: str) -> cst.FunctionDef | None:
-    return next((m for m in members(node) if isinstance(m, cst.FunctionDef) and m.name.value == name), None)
+    return next(
+        (m for m in members(node) if isinstance(m, cst.FunctionDef) and m.name.value == name), None
+    )
 
 
 def body_of(node: cst.FunctionDef | cst.If | cst.For | cst.Else) -> list[Statement]:
@@ -128,7 +130,9 @@ def is_call(node: cst.CSTNode | None, *names: str) -> bool:
 
 def is_docstring(node: cst.CSTNode) -> bool:
     small = single(node)
-    return isinstance(small, cst.Expr) and isinstance(small.value, cst.SimpleString | cst.ConcatenatedString)
+    return isinstance(small, cst.Expr) and isinstance(
+        small.value, cst.SimpleString | cst.ConcatenatedString
+    )
 
 
 def find(node: cst.CSTNode, wanted: Callable[[cst.CSTNode], bool]) -> list[cst.CSTNode]:
@@ -152,9 +156,7 @@ def names_read(node: cst.CSTNode) -> set[str]:
     def walk(here: cst.CSTNode) -> None:
         if isinstance(here, cst.Name):
             found.add(here.value)
-        elif isinstance(here, cst.Attribute):
-            walk(here.value)
-        elif isinstance(here, cst.Arg):
+        elif isinstance(here, (cst.Attribute, cst.Arg)):
             walk(here.value)
         elif isinstance(here, cst.Param):
             for part in (here.annotation, here.default):
@@ -180,12 +182,21 @@ def names_read(node: cst.CSTNode) -> set[str]:
 def self_attributes_read(node: cst.CSTNode) -> set[str]:
     """Attributes of self that are read below `node` (targets of assignments excluded)."""
     targets = {id(t.target) for t in find(node, lambda n: isinstance(n, cst.AssignTarget))}
-    targets |= {id(e.value) for t in find(node, lambda n: isinstance(n, cst.AssignTarget))
-                if isinstance(t.target, cst.Tuple) for e in t.target.elements}
+    targets |= {
+        id(e.value)
+        for t in find(node, lambda n: isinstance(n, cst.AssignTarget))
+        if isinstance(t.target, cst.Tuple)
+        for e in t.target.elements
+    }
     targets |= {id(t.target) for t in find(node, lambda n: isinstance(n, cst.AnnAssign))}
     return {
         n.attr.value
-        for n in find(node, lambda n: isinstance(n, cst.Attribute) and code(n.value) == "self" and id(n) not in targets)
+        for n in find(
+            node,
+            lambda n: (
+                isinstance(n, cst.Attribute) and code(n.value) == "self" and id(n) not in targets
+            ),
+        )
     }
 
 
@@ -211,7 +222,10 @@ def replace(node, change: Callable[[cst.CSTNode], cst.CSTNode | None]):
 
 def replace_text(node, old: str, new: str):
     """Replace every expression that reads exactly `old`."""
-    return replace(node, lambda n: expression(new) if isinstance(n, cst.BaseExpression) and code(n) == old else None)
+    return replace(
+        node,
+        lambda n: expression(new) if isinstance(n, cst.BaseExpression) and code(n) == old else None,
+    )
 
 
 def rename_reads(node, names: dict[str, str]):
@@ -227,11 +241,15 @@ def rename_reads(node, names: dict[str, str]):
         def leave_Arg(self, original_node: cst.Arg, updated_node: cst.Arg) -> cst.Arg:
             return updated_node.with_changes(keyword=original_node.keyword)
 
-        def leave_Attribute(self, original_node: cst.Attribute, updated_node: cst.Attribute) -> cst.Attribute:
+        def leave_Attribute(
+            self, original_node: cst.Attribute, updated_node: cst.Attribute
+        ) -> cst.Attribute:
             return updated_node.with_changes(attr=original_node.attr)
 
         def leave_Name(self, original_node: cst.Name, updated_node: cst.Name) -> cst.Name:
-            return updated_node.with_changes(value=names.get(updated_node.value, updated_node.value))
+            return updated_node.with_changes(
+                value=names.get(updated_node.value, updated_node.value)
+            )
 
     return node.visit(Rename())
 

@@ -119,7 +119,7 @@ def rebuild_imports(module: cst.Module) -> cst.Module:
     lines = _sorted_block(wanted, plain)
     block = edit.statements("\n".join(lines)) if lines else []
     docstring = body[:1] if body and edit.is_docstring(body[0]) else []
-    rest = body[len(docstring):]
+    rest = body[len(docstring) :]
     if block and docstring:
         block[0] = edit.blank_before(block[0])
     rest = [_two_blank_lines(r) if i == 0 else r for i, r in enumerate(rest)]
@@ -151,7 +151,9 @@ def _import_lines(item: cst.CSTNode) -> dict[str, tuple[str, str]] | None:
             source = "." * len(small.relative) + edit.code(small.module)
             for alias in small.names:
                 name = alias.evaluated_alias or alias.evaluated_name
-                spelled = alias.evaluated_name + (f" as {alias.evaluated_alias}" if alias.evaluated_alias else "")
+                spelled = alias.evaluated_name + (
+                    f" as {alias.evaluated_alias}" if alias.evaluated_alias else ""
+                )
                 found[name] = (source, spelled)
         elif isinstance(small, cst.Import):
             for alias in small.names:
@@ -197,7 +199,10 @@ def _free_names(module: cst.Module) -> set[str]:
 
     def walk(node: cst.CSTNode, bound: frozenset[str]) -> None:
         if isinstance(node, cst.FunctionDef | cst.Lambda):
-            outside = [p for p in (node.params.params, node.params.kwonly_params, node.params.posonly_params)]
+            outside = [
+                p
+                for p in (node.params.params, node.params.kwonly_params, node.params.posonly_params)
+            ]
             for group in outside:
                 for parameter in group:
                     for part in (parameter.annotation, parameter.default):
@@ -213,19 +218,23 @@ def _free_names(module: cst.Module) -> set[str]:
             walk(node.body, inner)
             return
         if isinstance(node, cst.ListComp | cst.GeneratorExp | cst.SetComp | cst.DictComp):
-            bound = bound | {n.value for n in edit.find(node.for_in, lambda n: isinstance(n, cst.Name))
-                             if any(n is t for t in edit.find(node.for_in.target, lambda m: True))}
+            bound = bound | {
+                n.value
+                for n in edit.find(node.for_in, lambda n: isinstance(n, cst.Name))
+                if any(n is t for t in edit.find(node.for_in.target, lambda m: True))
+            }
         if isinstance(node, cst.ClassDef):
-            bound = bound | {p[0].value for m in edit.members(node)
-                             if (p := edit.assigned(m)) and isinstance(p[0], cst.Name)}
+            bound = bound | {
+                p[0].value
+                for m in edit.members(node)
+                if (p := edit.assigned(m)) and isinstance(p[0], cst.Name)
+            }
         if isinstance(node, cst.Import | cst.ImportFrom):
             return
         if isinstance(node, cst.Name):
             if node.value not in bound and not hasattr(builtins, node.value):
                 found.add(node.value)
-        elif isinstance(node, cst.Attribute):
-            walk(node.value, bound)
-        elif isinstance(node, cst.Arg):
+        elif isinstance(node, (cst.Attribute, cst.Arg)):
             walk(node.value, bound)
         elif isinstance(node, cst.FormattedStringExpression):
             walk(node.expression, bound)
@@ -251,15 +260,26 @@ def _bound_in(node: cst.FunctionDef | cst.Lambda) -> set[str]:
     every = [*node.params.posonly_params, *node.params.params, *node.params.kwonly_params]
     every += [s for s in (node.params.star_kwarg, node.params.star_arg) if isinstance(s, cst.Param)]
     bound = {p.name.value for p in every}
-    for target in edit.find(node, lambda n: isinstance(n, cst.AssignTarget | cst.For | cst.NamedExpr | cst.AnnAssign | cst.AsName)):
+    for target in edit.find(
+        node,
+        lambda n: isinstance(
+            n, cst.AssignTarget | cst.For | cst.NamedExpr | cst.AnnAssign | cst.AsName
+        ),
+    ):
         inner = target.name if isinstance(target, cst.AsName) else target.target
-        bound |= {n.value for n in edit.find(inner, lambda m: isinstance(m, cst.Name)) if not _in_attribute(inner, n)}
+        bound |= {
+            n.value
+            for n in edit.find(inner, lambda m: isinstance(m, cst.Name))
+            if not _in_attribute(inner, n)
+        }
     return bound
 
 
 def _in_attribute(root: cst.CSTNode, name: cst.CSTNode) -> bool:
-    return any(name in (a, *edit.find(a, lambda n: True))
-               for a in edit.find(root, lambda n: isinstance(n, cst.Attribute | cst.Subscript)))
+    return any(
+        name in (a, *edit.find(a, lambda n: True))
+        for a in edit.find(root, lambda n: isinstance(n, cst.Attribute | cst.Subscript))
+    )
 
 
 def _two_blank_lines(node: cst.BaseStatement) -> cst.BaseStatement:

@@ -43,7 +43,11 @@ def _live_one(node: edit.Statement, live: set[str]) -> tuple[edit.Statement | No
         return None, live
     if isinstance(small, cst.Expr):
         value = small.value
-        if edit.is_docstring(node) or edit.is_call(value, *_NOISE) or not isinstance(value, cst.Call):
+        if (
+            edit.is_docstring(node)
+            or edit.is_call(value, *_NOISE)
+            or not isinstance(value, cst.Call)
+        ):
             return None, live
         return node, live | edit.names_read(value)
     pair = edit.assigned(node)
@@ -53,6 +57,8 @@ def _live_one(node: edit.Statement, live: set[str]) -> tuple[edit.Statement | No
         if names is not None:
             if not names & live:
                 return None, live
+            if isinstance(target, cst.Subscript):
+                return node, live | edit.names_read(node)
             return node, (live - names) | edit.names_read(value)
     return node, live | edit.names_read(node)
 
@@ -79,13 +85,17 @@ def _target_names(target: cst.BaseExpression) -> set[str] | None:
     """Names bound by a target; None if it changes an attribute or an element."""
     if isinstance(target, cst.Name):
         return {target.value}
-    if isinstance(target, cst.Tuple) and all(isinstance(e.value, cst.Name) for e in target.elements):
+    if isinstance(target, cst.Subscript) and isinstance(target.value, cst.Name):
+        return {target.value.value}  # table[key] = value matters as long as the table does
+    if isinstance(target, cst.Tuple) and all(
+        isinstance(e.value, cst.Name) for e in target.elements
+    ):
         return {e.value.value for e in target.elements if isinstance(e.value, cst.Name)}
     return None
 
 
-def inference_only(node, erased: frozenset[str] = frozenset()):
-    """Fold what is constant when serving: not training, no dropout, no erased argument given."""
+def inference_only(node):
+    """Fold what is constant when serving: not training, no gradient checkpointing, no dropout."""
     constants = {"self.training": "False", "self.gradient_checkpointing": "False"}
 
     def change(here: cst.CSTNode) -> cst.CSTNode | None:
@@ -102,9 +112,12 @@ def drop_dropout_calls(node, attributes: set[str]):
     """self.dropout(x) -> x for the attributes that are nn.Dropout."""
 
     def change(here: cst.CSTNode) -> cst.CSTNode | None:
-        if isinstance(here, cst.Call) and here.args and edit.code(here.func).removeprefix("self.") in attributes:
-            if edit.code(here.func).startswith("self."):
-                return here.args[0].value
+        if (
+            isinstance(here, cst.Call)
+            and here.args
+            and edit.code(here.func).removeprefix("self.") in attributes
+        ) and edit.code(here.func).startswith("self."):
+            return here.args[0].value
         return None
 
     return edit.replace(node, change)
@@ -116,9 +129,11 @@ def dropout_attributes(cls: cst.ClassDef) -> set[str]:
     return {p[0] for p in pairs if p and edit.is_call(p[1], "nn.Dropout", "torch.nn.Dropout")}
 
 
-def prune_attributes(module: cst.Module, keep: frozenset[str] = frozenset({"config", "quant_config"})) -> cst.Module:
+def prune_attributes(
+    module: cst.Module, keep: frozenset[str] = frozenset({"config", "quant_config"})
+) -> cst.Module:
     """Drop `self.x = value` that nothing reads, until nothing changes; submodules with weights stay."""
-    while True:
+    for _ in range(50):
         classes = {i.name.value: i for i in module.body if isinstance(i, cst.ClassDef)}
         foreign = {
             n.attr.value
@@ -132,12 +147,18 @@ def prune_attributes(module: cst.Module, keep: frozenset[str] = frozenset({"conf
                 changed[name] = after
         if not changed:
             return module
-        module = module.with_changes(body=[
-            changed.get(i.name.value, i) if isinstance(i, cst.ClassDef) else i for i in module.body
-        ])
+        module = module.with_changes(
+            body=[
+                changed.get(i.name.value, i) if isinstance(i, cst.ClassDef) else i
+                for i in module.body
+            ]
+        )
+    return module
 
 
-def _prune_class(cls: cst.ClassDef, foreign: set[str], classes: set[str], keep: frozenset[str]) -> cst.ClassDef:
+def _prune_class(
+    cls: cst.ClassDef, foreign: set[str], classes: set[str], keep: frozenset[str]
+) -> cst.ClassDef:
     init = edit.method(cls, "__init__")
     if init is None:
         return cls
@@ -156,10 +177,14 @@ def _prune_class(cls: cst.ClassDef, foreign: set[str], classes: set[str], keep: 
 
     body = _without(edit.body_of(init), dead)
     body, _ = _live_locals(body)
-    if len(body) == len(edit.body_of(init)) and all(a is b for a, b in zip(body, edit.body_of(init))):
+    if len(body) == len(edit.body_of(init)) and all(
+        a is b for a, b in zip(body, edit.body_of(init), strict=False)
+    ):
         return cls
     new_init = edit.with_body(init, body)
-    return cls.with_deep_changes(cls.body, body=[new_init if m is init else m for m in edit.members(cls)])
+    return cls.with_deep_changes(
+        cls.body, body=[new_init if m is init else m for m in edit.members(cls)]
+    )
 
 
 def _is_top(cls: cst.ClassDef) -> bool:
@@ -195,7 +220,11 @@ def _live_locals(body: list[edit.Statement]) -> tuple[list[edit.Statement], bool
         for index, node in enumerate(kept):
             pair = edit.assigned(node)
             if pair and isinstance(pair[0], cst.Name):
-                rest = set().union(*(edit.names_read(o) for o in kept if o is not node)) if len(kept) > 1 else set()
+                rest = (
+                    set().union(*(edit.names_read(o) for o in kept if o is not node))
+                    if len(kept) > 1
+                    else set()
+                )
                 if pair[0].value not in rest:
                     dead = index
                     break

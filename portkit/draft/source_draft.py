@@ -25,10 +25,15 @@ def need_roles(work: Work) -> None:
     ):
         if not found:
             reason = next((u for u in facts.unknown if u.about in ("roles", "attention")), None)
-            raise Blocker(f"{what} was found" + (f": {reason.what}." if reason else "."), reason.line if reason else 0)
+            raise Blocker(
+                f"{what} was found" + (f": {reason.what}." if reason else "."),
+                reason.line if reason else 0,
+            )
 
 
-def draft_source_outcome(source: str, architecture: str, step: str, path: str, drafting: SourceDraft) -> DraftOutcome:
+def draft_source_outcome(
+    source: str, architecture: str, step: str, path: str, drafting: SourceDraft
+) -> DraftOutcome:
     """Run a source-level draft and say what came of it."""
     if not source.strip():
         return DraftOutcome(step, "failed", reason=f"{path} is empty: do step copy first.")
@@ -38,12 +43,18 @@ def draft_source_outcome(source: str, architecture: str, step: str, path: str, d
         line = getattr(error, "lineno", None) or getattr(error, "raw_line", 0)
         return DraftOutcome(step, "failed", reason=f"{path}, line {line}: the file does not parse.")
     except Blocker as blocker:
-        return DraftOutcome(step, "failed", reason=f"{path}, {blocker}" if blocker.line else f"{path}: {blocker}")
+        return DraftOutcome(
+            step, "failed", reason=f"{path}, {blocker}" if blocker.line else f"{path}: {blocker}"
+        )
     except RecursionError:
-        return DraftOutcome(step, "failed", reason=f"{path}: the code is nested too deeply to follow.")
+        return DraftOutcome(
+            step, "failed", reason=f"{path}: the code is nested too deeply to follow."
+        )
     text = work.module.code
     if text == source:
-        return DraftOutcome(step, "skipped", reason=f"{path} already is in the state after this step.")
+        return DraftOutcome(
+            step, "skipped", reason=f"{path} already is in the state after this step."
+        )
     return DraftOutcome(
         step, "success", files=((path, text),), did=tuple(work.did), warnings=tuple(work.warnings)
     )

@@ -29,9 +29,12 @@ class Work:
     def put(self, cls: cst.ClassDef) -> None:
         """Put a class back under its name."""
         name = cls.name.value
-        self.module = self.module.with_changes(body=[
-            cls if isinstance(i, cst.ClassDef) and i.name.value == name else i for i in self.module.body
-        ])
+        self.module = self.module.with_changes(
+            body=[
+                cls if isinstance(i, cst.ClassDef) and i.name.value == name else i
+                for i in self.module.body
+            ]
+        )
 
     def line_of(self, text: str) -> int:
         """First line of the file that contains this text; 0 if none."""
@@ -57,7 +60,11 @@ def set_method(cls: cst.ClassDef, new: cst.FunctionDef) -> cst.ClassDef:
 def plain_module(cls: cst.ClassDef) -> cst.ClassDef:
     """Make it a bare nn.Module: no base class, decorator or class attribute of Transformers."""
     members = [m for m in edit.members(cls) if not _transformers_attribute(m)]
-    while members and not isinstance(members[0], cst.FunctionDef) and not edit.is_docstring(members[0]):
+    while (
+        members
+        and not isinstance(members[0], cst.FunctionDef)
+        and not edit.is_docstring(members[0])
+    ):
         break
     cls = set_members(cls, members)
     if members and isinstance(members[0], cst.FunctionDef):
@@ -70,13 +77,20 @@ def _transformers_attribute(node: edit.Statement) -> bool:
     pair = edit.assigned(node)
     if pair and isinstance(pair[0], cst.Name):
         name = pair[0].value
-        return name.startswith("_") or name in ("base_model_prefix", "supports_gradient_checkpointing", "config_class")
+        return name.startswith("_") or name in (
+            "base_model_prefix",
+            "supports_gradient_checkpointing",
+            "config_class",
+        )
     small = edit.single(node)
     return isinstance(small, cst.AnnAssign) and edit.code(small.target) == "config"
 
 
 def rewrite_init(
-    cls: cst.ClassDef, signature: str, body: list[edit.Statement], after_super: list[edit.Statement] = ()
+    cls: cst.ClassDef,
+    signature: str,
+    body: list[edit.Statement],
+    after_super: list[edit.Statement] = (),
 ) -> cst.ClassDef:
     """Give `__init__` a new signature; `after_super` goes behind super().__init__()."""
     kept: list[edit.Statement] = []
@@ -86,7 +100,9 @@ def rewrite_init(
             continue
         small = edit.single(node)
         if isinstance(small, cst.Expr) and edit.code(small.value).startswith("super().__init__("):
-            kept.append(edit.statement("super().__init__()").with_changes(leading_lines=node.leading_lines))
+            kept.append(
+                edit.statement("super().__init__()").with_changes(leading_lines=node.leading_lines)
+            )
             kept += after_super
             inserted = True
         elif isinstance(small, cst.Expr) and edit.code(small.value) == "self.post_init()":

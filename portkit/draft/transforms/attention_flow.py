@@ -52,20 +52,42 @@ class FlowResult:
 
 _ELEMENTWISE = ("clamp", "clamp_", "to", "float", "type_as", "mul", "div", "tanh")
 _KNOWN_KEYWORDS = ("scaling", "sliding_window", "softcap")
-_IGNORED_KEYWORDS = ("dropout", "position_ids", "attention_mask", "is_causal", "output_attentions", "use_cache",
-                     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+_IGNORED_KEYWORDS = (
+    "dropout",
+    "position_ids",
+    "attention_mask",
+    "is_causal",
+    "output_attentions",
+    "use_cache",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+)
 
 
 class AttentionFlow:
     """Runs over one forward. `linears`, `norms`, `dropouts` are attributes of the class."""
 
     def __init__(
-        self, *, cls: str, linears: set[str], norms: set[str], dropouts: set[str], rotary_functions: set[str],
-        head_dim: str, source: str, first_line: int,
+        self,
+        *,
+        cls: str,
+        linears: set[str],
+        norms: set[str],
+        dropouts: set[str],
+        rotary_functions: set[str],
+        head_dim: str,
+        source: str,
+        first_line: int,
     ) -> None:
         self.source = source.splitlines()
         self.cls, self.linears, self.norms, self.dropouts = cls, linears, norms, dropouts
-        self.rotary_functions, self.head_dim, self.first_line = rotary_functions, head_dim, first_line
+        self.rotary_functions, self.head_dim, self.first_line = (
+            rotary_functions,
+            head_dim,
+            first_line,
+        )
         self.keywords: dict[str, cst.BaseExpression] = {}
         self.rotary_used = False
         self.attended = False
@@ -107,7 +129,9 @@ class AttentionFlow:
         pair = edit.assigned(node)
         if pair is not None:
             return self._assign(node, *pair, env)
-        if isinstance(small, cst.Raise) or (isinstance(small, cst.Expr) and "warn" in edit.code(small.value)):
+        if isinstance(small, cst.Raise) or (
+            isinstance(small, cst.Expr) and "warn" in edit.code(small.value)
+        ):
             return []
         raise self._stop(f"cannot follow `{edit.flat(node)}`", node)
 
@@ -131,8 +155,15 @@ class AttentionFlow:
             raise self._stop("cannot follow an elif here", node)
         for name in {*inside, *outside}:
             first, second = inside.get(name), outside.get(name)
-            if first is not None and second is not None and (first.kind, first.layout) != (second.kind, second.layout):
-                raise self._stop(f"{name} has another shape after the two branches of `if {edit.code(node.test)}`", node)
+            if (
+                first is not None
+                and second is not None
+                and (first.kind, first.layout) != (second.kind, second.layout)
+            ):
+                raise self._stop(
+                    f"{name} has another shape after the two branches of `if {edit.code(node.test)}`",
+                    node,
+                )
             env[name] = first or second  # type: ignore[assignment]
         if not body and not other:
             return []
@@ -169,31 +200,45 @@ class AttentionFlow:
         raise self._stop(f"cannot follow `{edit.flat(node)}`", node)
 
     def _bind_several(self, node, names, got, env) -> list[edit.Statement]:
-        kept = [(n, p) for n, p in zip(names, got.parts)]
+        kept = [(n, p) for n, p in zip(names, got.parts, strict=False)]
         for name, part in kept:
             env[name] = replace(part, node=cst.Name(name)) if part.kind == "tensor" else part
         tensors = [(n, p) for n, p in kept if p.kind == "tensor"]
         if not tensors:
             return []
         if got.node is not None:  # one expression that yields them all, e.g. a split
-            return [node.with_changes(body=[cst.Assign(
-                [cst.AssignTarget(edit.expression(", ".join(names)))], got.node
-            )])]
+            return [
+                node.with_changes(
+                    body=[
+                        cst.Assign([cst.AssignTarget(edit.expression(", ".join(names)))], got.node)
+                    ]
+                )
+            ]
         if len(tensors) == 1:
             name, part = tensors[0]
             if edit.code(part.node) == name:
                 return []
-            return [node.with_changes(body=[cst.Assign([cst.AssignTarget(cst.Name(name))], part.node)])]
+            return [
+                node.with_changes(body=[cst.Assign([cst.AssignTarget(cst.Name(name))], part.node)])
+            ]
         left = ", ".join(n for n, _ in tensors)
         right = ", ".join(edit.code(p.node) for _, p in tensors)
-        return [node.with_changes(body=[cst.Assign([cst.AssignTarget(edit.expression(left))], edit.expression(right))])]
+        return [
+            node.with_changes(
+                body=[cst.Assign([cst.AssignTarget(edit.expression(left))], edit.expression(right))]
+            )
+        ]
 
     # ---- rotary and attention ---------------------------------------------------------------
 
     def _rotary_call(self, value: cst.BaseExpression, env: dict[str, Value]) -> list[Value] | None:
         if not (isinstance(value, cst.Call) and edit.code(value.func) in self.rotary_functions):
             return None
-        return [self._value(a.value, env) for a in value.args if a.keyword is None or a.keyword.value in ("q", "k")]
+        return [
+            self._value(a.value, env)
+            for a in value.args
+            if a.keyword is None or a.keyword.value in ("q", "k")
+        ]
 
     def _rotate(self, node, names, values, env) -> list[edit.Statement]:
         query, key = values[:2]
@@ -204,13 +249,18 @@ class AttentionFlow:
             if query.side != "rotated" or key.side != "rotated" or query.bound != key.bound:
                 raise self._stop("rotates parts of query and key that differ", node)
             left = f"{query.base}, {key.base}"
-            for name, part in zip(names, (query, key)):
+            for name, part in zip(names, (query, key), strict=False):
                 env[name] = replace(part, turned=True)
         elif query.kind == key.kind == "tensor" and "flat" not in (query.layout, key.layout):
             left = ", ".join(names)
-            for name, part in zip(names, (query, key)):
+            for name, part in zip(names, (query, key), strict=False):
                 env[name] = replace(part, node=cst.Name(name))
-            return [self._line(node, f"{left} = self.rotary_emb(positions, {edit.code(query.node)}, {edit.code(key.node)})")]
+            return [
+                self._line(
+                    node,
+                    f"{left} = self.rotary_emb(positions, {edit.code(query.node)}, {edit.code(key.node)})",
+                )
+            ]
         else:
             raise self._stop("rotates something other than query and key", node)
         return [self._line(node, f"{left} = self.rotary_emb(positions, {left})")]
@@ -218,10 +268,15 @@ class AttentionFlow:
     def _attend(self, call: cst.Call, env: dict[str, Value]) -> Value:
         plain = [a.value for a in call.args if a.keyword is None and not a.star]
         if len(plain) < 4:
-            raise self._stop("the attention call does not pass self, query, key, value in order", call)
+            raise self._stop(
+                "the attention call does not pass self, query, key, value in order", call
+            )
         tensors = [self._value(a, env) for a in plain[1:4]]
         if any(t.kind != "tensor" or t.layout == "flat" for t in tensors):
-            raise self._stop("the attention call is given something other than query, key and value by heads", call)
+            raise self._stop(
+                "the attention call is given something other than query, key and value by heads",
+                call,
+            )
         for argument in call.args:
             if argument.keyword is None:
                 continue
@@ -229,10 +284,15 @@ class AttentionFlow:
             if name in _KNOWN_KEYWORDS:
                 self.keywords[name] = argument.value
             elif name not in _IGNORED_KEYWORDS and edit.code(argument.value) != "None":
-                raise self._stop(f"passes {name}= to attention, which this draft does not know", call)
+                raise self._stop(
+                    f"passes {name}= to attention, which this draft does not know", call
+                )
         self.attended = True
         inputs = ", ".join(edit.code(t.node) for t in tensors)
-        return Value("several", parts=(Value("tensor", edit.expression(f"self.attn({inputs})"), "seq_heads"), ERASED))
+        return Value(
+            "several",
+            parts=(Value("tensor", edit.expression(f"self.attn({inputs})"), "seq_heads"), ERASED),
+        )
 
     # ---- expressions ------------------------------------------------------------------------
 
@@ -285,15 +345,21 @@ class AttentionFlow:
             return Value("plain", node)
         parts = [s.slice for s in node.slice]
         last = parts[-1]
-        only_last = len(parts) == 2 and edit.code(parts[0]).strip() == "..." and isinstance(last, cst.Slice)
+        only_last = (
+            len(parts) == 2 and edit.code(parts[0]).strip() == "..." and isinstance(last, cst.Slice)
+        )
         if only_last and owner.layout == "flat":
             return replace(owner, node=node.with_changes(value=owner.node))
         if only_last and isinstance(owner.node, cst.Name) and last.step is None:
             lower, upper = edit.flat(last.lower), edit.flat(last.upper)
             if not lower and upper:
-                return Value("part", base=owner.node.value, side="rotated", bound=upper, layout=owner.layout)
+                return Value(
+                    "part", base=owner.node.value, side="rotated", bound=upper, layout=owner.layout
+                )
             if lower and not upper:
-                return Value("part", base=owner.node.value, side="rest", bound=lower, layout=owner.layout)
+                return Value(
+                    "part", base=owner.node.value, side="rest", bound=lower, layout=owner.layout
+                )
         raise self._stop(f"cannot follow `{edit.flat(node)}`", node)
 
     def _call(self, node: cst.Call, env: dict[str, Value]) -> Value:
@@ -335,7 +401,9 @@ class AttentionFlow:
             if inner.layout == "flat":
                 return Value("tensor", edit.expression(f"self.{attr}({edit.code(inner.node)})"))
             split = f"{edit.code(inner.node)}.unflatten(-1, (-1, {self.head_dim}))"
-            return Value("tensor", edit.expression(f"self.{attr}({split}).flatten(-2)"), inner.layout)
+            return Value(
+                "tensor", edit.expression(f"self.{attr}({split}).flatten(-2)"), inner.layout
+            )
         raise self._stop(f"does not know what self.{attr} does to queries and keys", node)
 
     def _method(self, node: cst.Call, method: str, owner: Value, env: dict[str, Value]) -> Value:
@@ -343,7 +411,11 @@ class AttentionFlow:
             return Value("shape", node)
         if method == "contiguous":
             return owner
-        if method == "transpose" and owner.layout != "flat" and edit.flat(node).endswith("transpose(1, 2)"):
+        if (
+            method == "transpose"
+            and owner.layout != "flat"
+            and edit.flat(node).endswith("transpose(1, 2)")
+        ):
             turned: Layout = "seq_heads" if owner.layout == "heads_seq" else "heads_seq"
             return replace(owner, layout=turned)
         if method in ("view", "reshape"):
@@ -353,9 +425,15 @@ class AttentionFlow:
             if dimension is not None and edit.code(dimension) in ("-1", "2"):
                 func = cst.Attribute(owner.node, cst.Name(method))
                 first = node.args[0].with_changes(comma=cst.MaybeSentinel.DEFAULT)
-                count = len(node.args[0].value.elements) if isinstance(node.args[0].value, cst.List | cst.Tuple) else 3
+                count = (
+                    len(node.args[0].value.elements)
+                    if isinstance(node.args[0].value, cst.List | cst.Tuple)
+                    else 3
+                )
                 new = cst.Call(func, [first, cst.Arg(edit.expression("-1"), cst.Name("dim"))])
-                return Value("several", edit.expression(edit.flat(new)), parts=(Value("tensor"),) * count)
+                return Value(
+                    "several", edit.expression(edit.flat(new)), parts=(Value("tensor"),) * count
+                )
         if method in _ELEMENTWISE:
             func = node.func.with_changes(value=owner.node)
             return replace(owner, node=node.with_changes(func=func))
@@ -369,7 +447,11 @@ class AttentionFlow:
                 known = env.get(shape.value)
                 shape = known.node if known is not None and known.node is not None else shape
             elements = shape.elements if isinstance(shape, cst.Tuple | cst.List) else None
-            items = [(e.value, isinstance(e, cst.StarredElement)) for e in elements] if elements is not None else None
+            items = (
+                [(e.value, isinstance(e, cst.StarredElement)) for e in elements]
+                if elements is not None
+                else None
+            )
         else:
             items = [(a.value, bool(a.star)) for a in node.args]
         if items is None:
@@ -379,7 +461,9 @@ class AttentionFlow:
         if not items or self._value(items[0][0], env).kind != "shape":
             raise self._stop(f"does not know the shape in `{edit.flat(node)}`", node)
         if owner.layout == "heads_seq":
-            raise self._stop(f"views heads that are still in front of the sequence in `{edit.flat(node)}`", node)
+            raise self._stop(
+                f"views heads that are still in front of the sequence in `{edit.flat(node)}`", node
+            )
         if rest == 1:
             return "flat"
         if rest == 2:
@@ -387,12 +471,24 @@ class AttentionFlow:
         raise self._stop(f"does not know the shape in `{edit.flat(node)}`", node)
 
     def _cat(self, node: cst.Call, plain, env) -> Value:
-        parts = [self._value(e.value, env) for e in plain[0].elements] if plain and isinstance(plain[0], cst.Tuple | cst.List) else []
+        parts = (
+            [self._value(e.value, env) for e in plain[0].elements]
+            if plain and isinstance(plain[0], cst.Tuple | cst.List)
+            else []
+        )
         if len(parts) == 2 and all(p.kind == "part" for p in parts):
             turned, rest = parts
-            if turned.turned and turned.side == "rotated" and rest.side == "rest" and not rest.turned:
-                if turned.base == rest.base and turned.bound == rest.bound:
-                    return Value("tensor", cst.Name(turned.base), turned.layout)
+            if (
+                (
+                    turned.turned
+                    and turned.side == "rotated"
+                    and rest.side == "rest"
+                    and not rest.turned
+                )
+                and turned.base == rest.base
+                and turned.bound == rest.bound
+            ):
+                return Value("tensor", cst.Name(turned.base), turned.layout)
         if parts and all(p.kind in ("erased", "shape") for p in parts):
             return ERASED
         raise self._stop(f"cannot follow `{edit.flat(node)}`", node)
@@ -403,7 +499,9 @@ class AttentionFlow:
         return any(env.get(name, Value("plain")).kind == "erased" for name in edit.names_read(node))
 
     def _bound(self, node: cst.If) -> set[str]:
-        return {edit.code(t.target) for t in edit.find(node, lambda n: isinstance(n, cst.AssignTarget))}
+        return {
+            edit.code(t.target) for t in edit.find(node, lambda n: isinstance(n, cst.AssignTarget))
+        }
 
     def _line(self, old: Sequence | edit.Statement, text: str) -> edit.Statement:
         return edit.statement(text).with_changes(leading_lines=old.leading_lines)  # type: ignore[union-attr]

@@ -13,7 +13,10 @@ def add_parameter(function: cst.FunctionDef, parameter: str) -> cst.FunctionDef:
     name = parameter.split(":")[0].strip()
     if name in edit.parameters(function):
         return function
-    written = [edit.code(p.with_changes(comma=cst.MaybeSentinel.DEFAULT)).strip() for p in function.params.params]
+    written = [
+        edit.code(p.with_changes(comma=cst.MaybeSentinel.DEFAULT)).strip()
+        for p in function.params.params
+    ]
     index = next((i for i, p in enumerate(written) if p.startswith("prefix")), len(written))
     written.insert(index, parameter)
     new = edit.function(f"def f({', '.join(written)}):\n    pass")
@@ -26,13 +29,19 @@ def pass_argument(node: edit.Statement, call: cst.Call, argument: str) -> edit.S
     if any(a.keyword is not None and a.keyword.value == name for a in call.args):
         return node
     written = [edit.flat(a.with_changes(comma=cst.MaybeSentinel.DEFAULT)) for a in call.args]
-    index = next((i for i, a in enumerate(written) if a.replace(" ", "").startswith("prefix=")), len(written))
+    index = next(
+        (i for i, a in enumerate(written) if a.replace(" ", "").startswith("prefix=")), len(written)
+    )
     written.insert(index, argument)
     new = edit.make_call(edit.code(call.func), *written)
-    return edit.replace(node, lambda n: new if isinstance(n, cst.Call) and edit.code(n) == edit.code(call) else None)
+    return edit.replace(
+        node, lambda n: new if isinstance(n, cst.Call) and edit.code(n) == edit.code(call) else None
+    )
 
 
-def linear_statement(node: edit.Statement, kind: str, sizes: str = "", attr: str = "") -> edit.Statement:
+def linear_statement(
+    node: edit.Statement, kind: str, sizes: str = "", attr: str = ""
+) -> edit.Statement:
     """self.x = nn.Linear(a, b, bias=c) -> self.x = <kind>(a, b, bias=c, quant_config=..., prefix=...)."""
     pair = edit.assigned_attribute(node)
     if pair is None or not isinstance(pair[1], cst.Call):

@@ -13,7 +13,13 @@ from portkit.draft.blocker import Blocker
 from portkit.draft.transforms.attention_flow import AttentionFlow
 from portkit.draft.work import Work, plain_module, rewrite_init, set_method
 
-_ROPE_FIELDS = {"rope_parameters", "head_dim", "hidden_size", "num_attention_heads", "max_position_embeddings"}
+_ROPE_FIELDS = {
+    "rope_parameters",
+    "head_dim",
+    "hidden_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+}
 
 
 def port_attention(work: Work) -> None:
@@ -25,27 +31,43 @@ def port_attention(work: Work) -> None:
     forward, init = edit.method(cls, "forward"), edit.method(cls, "__init__")
     if forward is None or init is None:
         raise Blocker(f"{facts.cls} has no forward or no __init__.", facts.line)
-    makes_attention = any(edit.is_call(n, "Attention") for n in edit.find(init, lambda n: isinstance(n, cst.Call)))
+    makes_attention = any(
+        edit.is_call(n, "Attention") for n in edit.find(init, lambda n: isinstance(n, cst.Call))
+    )
     takes_positions = "positions" in edit.parameters(forward)
     if makes_attention and takes_positions:
         return
     if makes_attention or takes_positions:
         half = "__init__ makes vLLM's Attention" if makes_attention else "forward takes positions"
-        rest = "forward does not take positions" if makes_attention else "__init__ makes no Attention"
-        raise Blocker(
-            f"{facts.cls} is half ported: {half}, but {rest}.", facts.line, "Finish or undo that class, then draft again."
+        rest = (
+            "forward does not take positions" if makes_attention else "__init__ makes no Attention"
         )
-    for name, value in (("query heads", facts.num_heads), ("key/value heads", facts.num_kv_heads),
-                        ("head dimension", facts.head_dim)):
+        raise Blocker(
+            f"{facts.cls} is half ported: {half}, but {rest}.",
+            facts.line,
+            "Finish or undo that class, then draft again.",
+        )
+    for name, value in (
+        ("query heads", facts.num_heads),
+        ("key/value heads", facts.num_kv_heads),
+        ("head dimension", facts.head_dim),
+    ):
         if not value:
-            raise Blocker(f"{facts.cls}: cannot tell the {name} from the projections' sizes.", facts.line)
+            raise Blocker(
+                f"{facts.cls}: cannot tell the {name} from the projections' sizes.", facts.line
+            )
     view = view_module(work.module.code).classes[facts.cls]
     hidden = edit.parameters(forward)[0]
     rotary = work.facts.rotary
     flow = AttentionFlow(
-        cls=facts.cls, linears=set(linears_of(view)), norms=_known_norms(work),
-        dropouts=prune.dropout_attributes(cls), rotary_functions={rotary.function} if rotary else set(),
-        head_dim=facts.head_dim, source=work.module.code, first_line=view.forward.lineno,
+        cls=facts.cls,
+        linears=set(linears_of(view)),
+        norms=_known_norms(work),
+        dropouts=prune.dropout_attributes(cls),
+        rotary_functions={rotary.function} if rotary else set(),
+        head_dim=facts.head_dim,
+        source=work.module.code,
+        first_line=view.forward.lineno,
     ).run(forward, hidden)
     signature = edit.function(
         f"def forward(self, positions: torch.Tensor, {hidden}: torch.Tensor) -> torch.Tensor:\n    pass"
@@ -60,9 +82,15 @@ def port_attention(work: Work) -> None:
     body = [*_inference_init(edit.body_of(init)), *made]
     cls = rewrite_init(cls, attention_signature(init), body, _layer_index(init, body))
     work.put(plain_module(cls))
-    work.did.append(f"{facts.cls}: masks, caches and [batch, seq] shapes go; vLLM's Attention keeps the KV cache.")
+    work.did.append(
+        f"{facts.cls}: masks, caches and [batch, seq] shapes go; vLLM's Attention keeps the KV cache."
+    )
     if flow.rotary_used and rotary:
-        style = "halves, is_neox_style=True" if rotary.is_neox_style else "neighbours, is_neox_style=False"
+        style = (
+            "halves, is_neox_style=True"
+            if rotary.is_neox_style
+            else "neighbours, is_neox_style=False"
+        )
         work.did.append(f"{rotary.function} pairs {style}: get_rope rotates by `positions`.")
 
 
@@ -78,7 +106,8 @@ def attention_signature(init: cst.FunctionDef) -> str:
     """self, the author's parameters without layer_idx, then what vLLM's Attention needs."""
     kept = [
         edit.code(p.with_changes(comma=cst.MaybeSentinel.DEFAULT)).strip()
-        for p in init.params.params if p.name.value not in ("self", "layer_idx")
+        for p in init.params.params
+        if p.name.value not in ("self", "layer_idx")
     ]
     for extra in ("cache_config: CacheConfig | None = None", 'prefix: str = ""'):
         if extra.split(":")[0] not in [k.split(":")[0] for k in kept]:
@@ -101,7 +130,11 @@ def _inference_init(body: list[edit.Statement]) -> list[edit.Statement]:
     for node in body:
         if isinstance(node, cst.If) and edit.code(node.test) == "layer_idx is None":
             continue
-        if (edit.assigned_attribute(node) or ("",))[0] in ("layer_idx", "is_causal", "attention_dropout"):
+        if (edit.assigned_attribute(node) or ("",))[0] in (
+            "layer_idx",
+            "is_causal",
+            "attention_dropout",
+        ):
             continue
         kept.append(node)
     return kept
@@ -112,33 +145,49 @@ def _rope(work: Work, view) -> edit.Statement:
     rotary = work.facts.rotary
     if rotary is None or rotary.layout == "unknown":
         why = rotary.why if rotary else "the rotary class was not found"
-        raise Blocker(f"cannot tell how positions rotate queries and keys: {why}.", rotary.line if rotary else 0)
+        raise Blocker(
+            f"cannot tell how positions rotate queries and keys: {why}.",
+            rotary.line if rotary else 0,
+        )
     module = view_module(work.module.code)
     node = module.classes[rotary.cls].node
     fields = set()
     for inner in ast.walk(node):
         if isinstance(inner, ast.Attribute) and text(inner.value) in ("config", "self.config"):
             fields.add(inner.attr)
-        if isinstance(inner, ast.Call) and text(inner.func) == "getattr" and isinstance(inner.args[1], ast.Constant):
+        if (
+            isinstance(inner, ast.Call)
+            and text(inner.func) == "getattr"
+            and isinstance(inner.args[1], ast.Constant)
+        ):
             fields.add(str(inner.args[1].value))
     strange = fields - _ROPE_FIELDS
     written = text(node)
     if strange or "rope_parameters" not in fields or "layer_type" in written:
-        what = f"reads config.{sorted(strange)[0]}" if strange else "does not take its base from config.rope_parameters"
+        what = (
+            f"reads config.{sorted(strange)[0]}"
+            if strange
+            else "does not take its base from config.rope_parameters"
+        )
         if "layer_type" in written:
             what = "has other parameters for each layer type"
         raise Blocker(f"{rotary.cls} {what}: get_rope needs them in rope_parameters.", rotary.line)
-    comment = "Dimensions are rotated in halves (i, i + n/2)." if rotary.is_neox_style else (
-        "Neighbouring dimensions (2i, 2i + 1) are rotated together."
+    comment = (
+        "Dimensions are rotated in halves (i, i + n/2)."
+        if rotary.is_neox_style
+        else ("Neighbouring dimensions (2i, 2i + 1) are rotated together.")
     )
-    return edit.comment_before(edit.statement(f"""
+    return edit.comment_before(
+        edit.statement(f"""
 self.rotary_emb = get_rope(
     {work.facts.attention.head_dim},
     max_position=config.max_position_embeddings,
     rope_parameters=config.rope_parameters,
     is_neox_style={rotary.is_neox_style},
 )
-"""), comment)
+"""),
+        comment,
+    )
 
 
 def _attention(work: Work, view, keywords: dict[str, cst.BaseExpression]) -> edit.Statement:
@@ -147,16 +196,26 @@ def _attention(work: Work, view, keywords: dict[str, cst.BaseExpression]) -> edi
     def short(resolved: str) -> str:
         """self.x where the class already names this expression."""
         for item in view.assigned:
-            if text(view.resolve(item.value)).replace("self.config.", "config.") == resolved and not item.condition:
+            if (
+                text(view.resolve(item.value)).replace("self.config.", "config.") == resolved
+                and not item.condition
+            ):
                 return f"self.{item.attr}"
         return resolved
 
     def here(node: cst.BaseExpression) -> str:
-        return edit.flat(node).replace("self.config.", "config.").replace("(self.config,", "(config,")
+        return (
+            edit.flat(node).replace("self.config.", "config.").replace("(self.config,", "(config,")
+        )
 
     scaling = here(keywords["scaling"]) if "scaling" in keywords else f"{facts.head_dim}**-0.5"
-    arguments = [short(facts.num_heads), facts.head_dim, scaling, f"num_kv_heads={short(facts.num_kv_heads)}",
-                 "cache_config=cache_config"]
+    arguments = [
+        short(facts.num_heads),
+        facts.head_dim,
+        scaling,
+        f"num_kv_heads={short(facts.num_kv_heads)}",
+        "cache_config=cache_config",
+    ]
     if "softcap" in keywords:
         arguments.append(f"logits_soft_cap={here(keywords['softcap'])}")
     if "sliding_window" in keywords:
@@ -167,6 +226,10 @@ def _attention(work: Work, view, keywords: dict[str, cst.BaseExpression]) -> edi
     causal = view.get("is_causal")
     if causal is not None and text(causal.value) != "True":
         condition = text(causal.value).replace("self.config", "config")
-        made = edit.comment_before(made, f"PORT: causal only; the original attends both ways unless {condition}.")
-        work.warnings.append(f"{facts.cls} is causal only if {condition}; vLLM's Attention always is. Refuse other configs.")
+        made = edit.comment_before(
+            made, f"PORT: causal only; the original attends both ways unless {condition}."
+        )
+        work.warnings.append(
+            f"{facts.cls} is causal only if {condition}; vLLM's Attention always is. Refuse other configs."
+        )
     return made

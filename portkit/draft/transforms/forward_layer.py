@@ -6,7 +6,11 @@ import libcst as cst
 
 from portkit.draft import edit, prune
 from portkit.draft.blocker import Blocker
-from portkit.draft.transforms.forward_attention import _inference_init, _layer_index, attention_signature
+from portkit.draft.transforms.forward_attention import (
+    _inference_init,
+    _layer_index,
+    attention_signature,
+)
 from portkit.draft.work import Work, plain_module, rewrite_init, set_method
 
 
@@ -21,8 +25,13 @@ def port_layer(work: Work) -> None:
         return
     hidden = edit.parameters(forward)[0]
     inside = edit.parameters(edit.method(work.cls(attention.cls), "forward"))[1]
-    body = edit.body_of(prune.drop_dropout_calls(prune.inference_only(forward), prune.dropout_attributes(cls)))
-    body = [_one_tensor(_call_attention(node, facts.attention_attr, inside, work), hidden) for node in body]
+    body = edit.body_of(
+        prune.drop_dropout_calls(prune.inference_only(forward), prune.dropout_attributes(cls))
+    )
+    body = [
+        _one_tensor(_call_attention(node, facts.attention_attr, inside, work), hidden)
+        for node in body
+    ]
     body = prune.live_body(body)
     signature = edit.function(
         f"def forward(self, positions: torch.Tensor, {hidden}: torch.Tensor) -> torch.Tensor:\n    pass"
@@ -34,7 +43,9 @@ def port_layer(work: Work) -> None:
     init_body = [_construct(s, made, work) for s in _inference_init(edit.body_of(init))]
     cls = rewrite_init(cls, attention_signature(init), init_body, _layer_index(init, init_body))
     work.put(plain_module(cls))
-    work.did.append(f"{facts.cls}: takes positions and returns one tensor; the residual adds are the author's.")
+    work.did.append(
+        f"{facts.cls}: takes positions and returns one tensor; the residual adds are the author's."
+    )
 
 
 def port_mlp(work: Work, name: str) -> None:
@@ -43,14 +54,22 @@ def port_mlp(work: Work, name: str) -> None:
     init, forward = edit.method(cls, "__init__"), edit.method(cls, "forward")
     if init is None or forward is None or "prefix" in edit.parameters(init):
         return
-    unpacked = [t for t in edit.find(forward, lambda n: isinstance(n, cst.Assign)) if "shape" in edit.code(t.value)]
+    unpacked = [
+        t
+        for t in edit.find(forward, lambda n: isinstance(n, cst.Assign))
+        if "shape" in edit.code(t.value)
+    ]
     if unpacked:
         line = work.line_of(edit.code(unpacked[0]).strip())
-        raise Blocker(f"{name}.forward unpacks a [batch, seq, hidden] shape; tokens are flat in vLLM.", line)
+        raise Blocker(
+            f"{name}.forward unpacks a [batch, seq, hidden] shape; tokens are flat in vLLM.", line
+        )
     clean = prune.drop_dropout_calls(prune.inference_only(forward), prune.dropout_attributes(cls))
     clean = edit.with_body(clean, [s for s in edit.body_of(clean) if not _assigns_itself(s)])
     cls = set_method(cls, clean)
-    signature = ", ".join([*attention_signature(init).split(", cache_config")[0].split(", "), 'prefix: str = ""'])
+    signature = ", ".join(
+        [*attention_signature(init).split(", cache_config")[0].split(", "), 'prefix: str = ""']
+    )
     work.put(plain_module(rewrite_init(cls, signature, edit.body_of(init))))
     work.did.append(f"{name}: takes the prefix that names its linears for quantisation.")
 
@@ -68,7 +87,10 @@ def _call_attention(node: edit.Statement, attr: str, inside: str, work: Work) ->
             return None
         given = edit.call_argument(here, 0, inside)
         if given is None:
-            raise Blocker(f"{work.facts.layer.cls}.forward passes no {inside} to self.{attr}.", work.facts.layer.line)
+            raise Blocker(
+                f"{work.facts.layer.cls}.forward passes no {inside} to self.{attr}.",
+                work.facts.layer.line,
+            )
         return edit.expression(f"self.{attr}(positions=positions, {inside}={edit.code(given)})")
 
     def first_target(here: cst.CSTNode) -> cst.CSTNode | None:
@@ -76,7 +98,11 @@ def _call_attention(node: edit.Statement, attr: str, inside: str, work: Work) ->
             target = here.targets[0].target
             if isinstance(target, cst.Tuple):
                 return here.with_changes(targets=[cst.AssignTarget(target.elements[0].value)])
-        if isinstance(here, cst.Subscript) and edit.is_call(here.value, f"self.{attr}") and edit.code(here).endswith("[0]"):
+        if (
+            isinstance(here, cst.Subscript)
+            and edit.is_call(here.value, f"self.{attr}")
+            and edit.code(here).endswith("[0]")
+        ):
             return here.value
         return None
 
@@ -98,7 +124,9 @@ def _construct(node: edit.Statement, made: dict[str, str], work: Work) -> edit.S
         return node
     attr, call = pair
     name = edit.code(call.func)
-    if work.facts.attention.cls != name and "prefix" not in edit.parameters(edit.method(work.cls(name), "__init__")):
+    if work.facts.attention.cls != name and "prefix" not in edit.parameters(
+        edit.method(work.cls(name), "__init__")
+    ):
         return node
     kept = [a for a in call.args if edit.code(a.value) != "layer_idx"]
     arguments = [edit.flat(a.with_changes(comma=cst.MaybeSentinel.DEFAULT)) for a in kept]
@@ -106,18 +134,23 @@ def _construct(node: edit.Statement, made: dict[str, str], work: Work) -> edit.S
         arguments.append("cache_config=cache_config")
     arguments.append(f'prefix=f"{{prefix}}.{attr}"')
     new = edit.make_call(name, *arguments)
-    return edit.replace(node, lambda n: new if isinstance(n, cst.Call) and edit.code(n) == edit.code(call) else None)
+    return edit.replace(
+        node, lambda n: new if isinstance(n, cst.Call) and edit.code(n) == edit.code(call) else None
+    )
 
 
 def check_no_leftovers(new: cst.FunctionDef, old: cst.FunctionDef, name: str, work: Work) -> None:
     """Stop if the new forward still reads an argument that it no longer has."""
     star = old.params.star_kwarg
-    gone = {*edit.parameters(old), *((star.name.value,) if star else ())} - set(edit.parameters(new))
+    gone = {*edit.parameters(old), *((star.name.value,) if star else ())} - set(
+        edit.parameters(new)
+    )
     bound: set[str] = set()
     for target in edit.find(new, lambda n: isinstance(n, cst.AssignTarget)):
         bound |= {n.value for n in edit.find(target, lambda n: isinstance(n, cst.Name))}
     for leftover in sorted((gone & edit.names_read(new.body)) - bound):
         raise Blocker(
-            f"{name}.forward still needs {leftover!r}, which vLLM does not pass.", work.line_of(leftover),
+            f"{name}.forward still needs {leftover!r}, which vLLM does not pass.",
+            work.line_of(leftover),
             "Rewrite what uses it by hand, then draft again.",
         )

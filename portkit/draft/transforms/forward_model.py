@@ -32,7 +32,8 @@ def port_model(work: Work) -> None:
     if "vllm_config" in edit.parameters(init) or "positions" in edit.parameters(forward):
         raise Blocker(
             f"{facts.model} is half ported: __init__ and forward must both take vLLM's arguments.",
-            work.line_of(f"class {facts.model}"), "Finish or undo that class, then draft again.",
+            work.line_of(f"class {facts.model}"),
+            "Finish or undo that class, then draft again.",
         )
     _check_masks(work, forward)
     new = edit.with_body(edit.function(_FORWARD), _model_body(work, forward))
@@ -50,13 +51,17 @@ self.config = config
         raise Blocker(f"{facts.model} has no embedding.", work.line_of(f"class {facts.model}"))
     cls = _before_forward(cls, embed_method(f"self.{embedding.attr}(input_ids)"))
     work.put(plain_module(cls))
-    work.did.append(f"{facts.model}: input_ids and positions are [num_tokens]; make_layers names each layer.")
+    work.did.append(
+        f"{facts.model}: input_ids and positions are [num_tokens]; make_layers names each layer."
+    )
 
 
 def embed_method(value: str) -> cst.FunctionDef:
-    return edit.blank_before(edit.function(
-        f"def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:\n    return {value}"
-    ))
+    return edit.blank_before(
+        edit.function(
+            f"def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:\n    return {value}"
+        )
+    )
 
 
 def _before_forward(cls: cst.ClassDef, new: cst.FunctionDef) -> cst.ClassDef:
@@ -76,12 +81,16 @@ def _check_masks(work: Work, forward: cst.FunctionDef) -> None:
     names = {n for n in edit.names_read(forward) if n.startswith("create_") and n.endswith("mask")}
     strange = sorted(names - set(_MASKS))
     if strange:
-        raise Blocker(f"{work.facts.model}.forward builds a mask by {strange[0]}: vLLM's Attention has no such mask.",
-                      work.line_of(strange[0] + "("))
+        raise Blocker(
+            f"{work.facts.model}.forward builds a mask by {strange[0]}: vLLM's Attention has no such mask.",
+            work.line_of(strange[0] + "("),
+        )
     attention = work.facts.attention
     if _MASKS[1] in names and "per_layer_sliding_window" not in edit.code(work.cls(attention.cls)):
-        raise Blocker(f"{work.facts.model} masks a sliding window that {attention.cls} does not pass to attention.",
-                      work.line_of(_MASKS[1] + "("))
+        raise Blocker(
+            f"{work.facts.model} masks a sliding window that {attention.cls} does not pass to attention.",
+            work.line_of(_MASKS[1] + "("),
+        )
 
 
 def _model_body(work: Work, forward: cst.FunctionDef) -> list[edit.Statement]:
@@ -97,11 +106,16 @@ def _model_body(work: Work, forward: cst.FunctionDef) -> list[edit.Statement]:
             node = _layer_loop(work, node, layer_input)
         body.append(_returned(node, "last_hidden_state"))
     if not any(isinstance(n, cst.For) for n in body):
-        raise Blocker(f"{facts.model}.forward has no loop over self.{facts.layers_attr}.",
-                      work.line_of(f"class {facts.model}"))
+        raise Blocker(
+            f"{facts.model}.forward has no loop over self.{facts.layers_attr}.",
+            work.line_of(f"class {facts.model}"),
+        )
     body = [_plain_assign(edit.rename_reads(n, {"position_ids": "positions"})) for n in body]
     embedding = facts.embedding.attr
-    body = [edit.replace_text(n, f"self.{embedding}(input_ids)", "self.embed_input_ids(input_ids)") for n in body]
+    body = [
+        edit.replace_text(n, f"self.{embedding}(input_ids)", "self.embed_input_ids(input_ids)")
+        for n in body
+    ]
     return [_plain_loop(n) for n in prune.live_body(body)]
 
 
@@ -112,20 +126,31 @@ def _is_layer_loop(node: cst.For, attr: str) -> bool:
 def _layer_loop(work: Work, node: cst.For, layer_input: str) -> cst.For:
     """for decoder_layer in self.layers[...]: one call with positions."""
     target = node.target
-    variable = edit.code(target.elements[-1].value) if isinstance(target, cst.Tuple) else edit.code(target)
+    variable = (
+        edit.code(target.elements[-1].value) if isinstance(target, cst.Tuple) else edit.code(target)
+    )
 
     def change(here: cst.CSTNode) -> cst.CSTNode | None:
         if not edit.is_call(here, variable):
             return None
         given = edit.call_argument(here, 0, layer_input)
         if given is None:
-            raise Blocker(f"{work.facts.model}.forward passes no {layer_input} to its layers.", work.line_of(variable))
+            raise Blocker(
+                f"{work.facts.model}.forward passes no {layer_input} to its layers.",
+                work.line_of(variable),
+            )
         return edit.expression(f"{variable}(positions, {edit.code(given)})")
 
     def first(here: cst.CSTNode) -> cst.CSTNode | None:
-        if isinstance(here, cst.Subscript) and edit.code(here).endswith("[0]"):
-            if isinstance(here.value, cst.Name) and here.value.value.endswith("outputs") or edit.is_call(here.value, variable):
-                return here.value
+        if (
+            isinstance(here, cst.Subscript)
+            and edit.code(here).endswith("[0]")
+            and (
+                (isinstance(here.value, cst.Name) and here.value.value.endswith("outputs"))
+                or edit.is_call(here.value, variable)
+            )
+        ):
+            return here.value
         return None
 
     node = edit.replace(edit.replace(node, change), first)
@@ -155,7 +180,11 @@ def _plain_assign(node: edit.Statement) -> edit.Statement:
     """inputs_embeds: torch.Tensor = ... -> inputs_embeds = ... (torch.compile dislikes neither; readers do)."""
 
     def change(here: cst.CSTNode) -> cst.CSTNode | None:
-        if isinstance(here, cst.AnnAssign) and here.value is not None and isinstance(here.target, cst.Name):
+        if (
+            isinstance(here, cst.AnnAssign)
+            and here.value is not None
+            and isinstance(here.target, cst.Name)
+        ):
             return cst.Assign([cst.AssignTarget(here.target)], here.value)
         return None
 
@@ -189,15 +218,21 @@ def _model_init_line(work: Work, node: edit.Statement) -> edit.Statement | None:
 
 def _layers(work: Work, node: edit.Statement, value: cst.BaseExpression) -> edit.Statement:
     """nn.ModuleList([Layer(config, i) for i in range(n)]) -> make_layers(n, lambda prefix: ..., prefix)."""
-    comprehension = next(iter(edit.find(value, lambda n: isinstance(n, cst.ListComp | cst.GeneratorExp))), None)
+    comprehension = next(
+        iter(edit.find(value, lambda n: isinstance(n, cst.ListComp | cst.GeneratorExp))), None
+    )
     name = work.facts.layer.cls
     if comprehension is None or not edit.is_call(comprehension.elt, name):
-        raise Blocker(f"{work.facts.model}: the layers are not made by one comprehension over {name}(...).",
-                      work.line_of(f"self.{work.facts.layers_attr} ="))
+        raise Blocker(
+            f"{work.facts.model}: the layers are not made by one comprehension over {name}(...).",
+            work.line_of(f"self.{work.facts.layers_attr} ="),
+        )
     count = comprehension.for_in.iter
     if not edit.is_call(count, "range") or len(count.args) != 1:
-        raise Blocker(f"{work.facts.model}: cannot tell how many layers there are.",
-                      work.line_of(f"self.{work.facts.layers_attr} ="))
+        raise Blocker(
+            f"{work.facts.model}: cannot tell how many layers there are.",
+            work.line_of(f"self.{work.facts.layers_attr} ="),
+        )
     index = edit.code(comprehension.for_in.target)
     kept = [a for a in comprehension.elt.args if edit.code(a.value) != index]
     arguments = [edit.flat(a.with_changes(comma=cst.MaybeSentinel.DEFAULT)) for a in kept]
@@ -224,14 +259,22 @@ def port_causal_lm(work: Work) -> None:
     if edit.method(cls, "compute_logits") is not None and "vllm_config" in edit.parameters(init):
         return
     if head is None:
-        raise Blocker(f"{facts.causal_lm} has no language-model head.", work.line_of(f"class {facts.causal_lm}"))
+        raise Blocker(
+            f"{facts.causal_lm} has no language-model head.",
+            work.line_of(f"class {facts.causal_lm}"),
+        )
     if forward is None:
-        raise Blocker(f"{facts.causal_lm} has no forward.", work.line_of(f"class {facts.causal_lm}"))
+        raise Blocker(
+            f"{facts.causal_lm} has no forward.", work.line_of(f"class {facts.causal_lm}")
+        )
     logits = _logits_body(work, forward)
     ties = head.can_tie
     cls = plain_module(cls)
-    members = [m for m in edit.members(cls) if isinstance(m, cst.FunctionDef) and m.name.value == "__init__"
-               or edit.is_docstring(m)]
+    members = [
+        m
+        for m in edit.members(cls)
+        if (isinstance(m, cst.FunctionDef) and m.name.value == "__init__") or edit.is_docstring(m)
+    ]
     cls = set_members(cls, members)
     body: list[edit.Statement] = []
     for node in edit.body_of(init):
@@ -239,9 +282,16 @@ def port_causal_lm(work: Work) -> None:
         if pair and pair[0] == "config":
             continue
         if pair and edit.is_call(pair[1], facts.model):
-            node = edit.replace(node, lambda n: edit.expression(
-                f'{facts.model}(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "{facts.model_attr}"))'
-            ) if edit.is_call(n, facts.model) else None)
+            node = edit.replace(
+                node,
+                lambda n: (
+                    edit.expression(
+                        f'{facts.model}(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "{facts.model_attr}"))'
+                    )
+                    if edit.is_call(n, facts.model)
+                    else None
+                ),
+            )
         body.append(node)
         if pair and pair[0] == head.attr and ties:
             body += edit.statements(f"""
@@ -249,15 +299,23 @@ if config.tie_word_embeddings:
     # The checkpoint has no {head.attr}.weight of its own.
     self.{head.attr}.weight = self.{facts.model_attr}.{facts.embedding.attr}.weight
 """)
-    after_super = edit.statements("config = vllm_config.model_config.hf_config\nself.config = config")
+    after_super = edit.statements(
+        "config = vllm_config.model_config.hf_config\nself.config = config"
+    )
     cls = rewrite_init(cls, 'self, *, vllm_config: VllmConfig, prefix: str = ""', body, after_super)
     cls = set_method(cls, embed_method(f"self.{facts.model_attr}.embed_input_ids(input_ids)"))
-    call = f"return self.{facts.model_attr}(input_ids, positions, intermediate_tensors, inputs_embeds)"
+    call = (
+        f"return self.{facts.model_attr}(input_ids, positions, intermediate_tensors, inputs_embeds)"
+    )
     cls = set_method(cls, edit.with_body(edit.function(_FORWARD), [edit.statement(call)]))
-    compute = edit.function("def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:\n    pass")
+    compute = edit.function(
+        "def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:\n    pass"
+    )
     cls = set_method(cls, edit.with_body(compute, logits))
     work.put(cls)
-    work.did.append(f"{facts.causal_lm}: forward returns hidden states, compute_logits applies {head.attr}; no loss.")
+    work.did.append(
+        f"{facts.causal_lm}: forward returns hidden states, compute_logits applies {head.attr}; no loss."
+    )
 
 
 def _logits_body(work: Work, forward: cst.FunctionDef) -> list[edit.Statement]:
@@ -279,11 +337,17 @@ def _logits_body(work: Work, forward: cst.FunctionDef) -> list[edit.Statement]:
                 continue
         body.append(_returned(node, "logits"))
     if outputs is None:
-        raise Blocker(f"{facts.causal_lm}.forward does not call self.{facts.model_attr}(...).",
-                      work.line_of(f"class {facts.causal_lm}"))
+        raise Blocker(
+            f"{facts.causal_lm}.forward does not call self.{facts.model_attr}(...).",
+            work.line_of(f"class {facts.causal_lm}"),
+        )
 
     def change(here: cst.CSTNode) -> cst.CSTNode | None:
-        if isinstance(here, cst.Subscript) and "slice_indices" in edit.code(here) and isinstance(here.value, cst.Name):
+        if (
+            isinstance(here, cst.Subscript)
+            and "slice_indices" in edit.code(here)
+            and isinstance(here.value, cst.Name)
+        ):
             return here.value
         if isinstance(here, cst.Attribute) and edit.code(here) == f"{outputs}.last_hidden_state":
             return cst.Name("hidden_states")
@@ -293,9 +357,15 @@ def _logits_body(work: Work, forward: cst.FunctionDef) -> list[edit.Statement]:
     new = edit.with_body(edit.function("def compute_logits(self, hidden_states):\n    pass"), body)
     check_no_leftovers(new, forward, f"{facts.causal_lm}.compute_logits: HF's", work)
     if outputs in edit.names_read(new):
-        raise Blocker(f"{facts.causal_lm}.forward needs more than the model's hidden states for its logits.",
-                      work.line_of(f"class {facts.causal_lm}"))
-    if len(body) == 2 and edit.assigned(body[0]) and edit.code(body[1]).strip() == f"return {edit.code(edit.assigned(body[0])[0])}":
+        raise Blocker(
+            f"{facts.causal_lm}.forward needs more than the model's hidden states for its logits.",
+            work.line_of(f"class {facts.causal_lm}"),
+        )
+    if (
+        len(body) == 2
+        and edit.assigned(body[0])
+        and edit.code(body[1]).strip() == f"return {edit.code(edit.assigned(body[0])[0])}"
+    ):
         return [edit.statement(f"return {edit.flat(edit.assigned(body[0])[1])}")]
     return body
 
@@ -303,4 +373,8 @@ def _logits_body(work: Work, forward: cst.FunctionDef) -> list[edit.Statement]:
 def _one_line_comments(node: edit.Statement) -> edit.Statement:
     """Drop comments about slicing and loss, which are gone."""
     lines = [x for x in node.leading_lines if x.comment is None or "logits" not in x.comment.value]
-    return node.with_changes(leading_lines=lines) if isinstance(node, cst.SimpleStatementLine | cst.If) else node
+    return (
+        node.with_changes(leading_lines=lines)
+        if isinstance(node, cst.SimpleStatementLine | cst.If)
+        else node
+    )

@@ -21,7 +21,9 @@ def port_norms(work: Work) -> None:
         if new is None:
             work.put(plain_module(work.cls(norm.name)))
             if norm.formula != "layernorm":
-                work.did.append(f"{norm.name} stays: {norm.why or 'vLLM has no layer of this formula'}.")
+                work.did.append(
+                    f"{norm.name} stays: {norm.why or 'vLLM has no layer of this formula'}."
+                )
             continue
 
         def change(here: cst.CSTNode, norm=norm, new=new) -> cst.CSTNode | None:

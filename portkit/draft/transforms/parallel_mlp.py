@@ -22,8 +22,11 @@ def port_mlp(work: Work, facts: MlpFacts) -> None:
         return
     parallel = {m for m in made if m.endswith("ParallelLinear")}
     if parallel:
-        raise Blocker(f"{facts.cls} has both nn.Linear and {sorted(parallel)[0]}.", facts.line,
-                      "Finish or undo that class, then draft again.")
+        raise Blocker(
+            f"{facts.cls} has both nn.Linear and {sorted(parallel)[0]}.",
+            facts.line,
+            "Finish or undo that class, then draft again.",
+        )
     if facts.kind == "unknown":
         _replicate(work, cls, facts)
         return
@@ -31,7 +34,9 @@ def port_mlp(work: Work, facts: MlpFacts) -> None:
     for node in edit.body_of(init):
         attr = (edit.assigned_attribute(node) or ("",))[0]
         if facts.kind == "gated" and attr in (facts.gate.attr, facts.up.attr):
-            if not any(edit.assigned_attribute(s) and edit.assigned_attribute(s)[0] == FUSED for s in body):
+            if not any(
+                edit.assigned_attribute(s) and edit.assigned_attribute(s)[0] == FUSED for s in body
+            ):
                 body.append(_merged(node, facts))
         elif facts.kind == "gated_fused" and attr == facts.up.attr:
             body.append(linear_statement(node, "MergedColumnParallelLinear", _halves(node)))
@@ -43,7 +48,10 @@ def port_mlp(work: Work, facts: MlpFacts) -> None:
             body.append(_activation(node, facts))
         else:
             body.append(node)
-    cls = set_method(cls, add_parameter(edit.with_body(init, body), "quant_config: QuantizationConfig | None = None"))
+    cls = set_method(
+        cls,
+        add_parameter(edit.with_body(init, body), "quant_config: QuantizationConfig | None = None"),
+    )
     up = facts.up.attr if facts.kind != "gated" else FUSED
     x = edit.parameters(forward)[0]
     first = f"{x}, _ = self.{up}({x})" if facts.kind == "plain" else f"gate_up, _ = self.{up}({x})"
@@ -63,9 +71,16 @@ def port_mlp(work: Work, facts: MlpFacts) -> None:
 def _merged(node: edit.Statement, facts: MlpFacts) -> edit.Statement:
     """One linear for gate and up; the order in the list is the order that the activation expects."""
     if facts.gate.bias != facts.up.bias:
-        raise Blocker(f"{facts.cls}: {facts.gate.attr} and {facts.up.attr} differ in their bias.", facts.line)
-    if (facts.gate.in_features, facts.gate.out_features) != (facts.up.in_features, facts.up.out_features):
-        raise Blocker(f"{facts.cls}: {facts.gate.attr} and {facts.up.attr} differ in size.", facts.line)
+        raise Blocker(
+            f"{facts.cls}: {facts.gate.attr} and {facts.up.attr} differ in their bias.", facts.line
+        )
+    if (facts.gate.in_features, facts.gate.out_features) != (
+        facts.up.in_features,
+        facts.up.out_features,
+    ):
+        raise Blocker(
+            f"{facts.cls}: {facts.gate.attr} and {facts.up.attr} differ in size.", facts.line
+        )
     size = edit.flat(edit.call_argument(edit.assigned_attribute(node)[1], 1, "out_features"))
     return linear_statement(node, "MergedColumnParallelLinear", f"[{size}] * 2", FUSED)
 
@@ -91,7 +106,10 @@ def _activation(node: edit.Statement, facts: MlpFacts) -> edit.Statement:
     elif written in _MODULES:
         name = _MODULES[written]
     else:
-        raise Blocker(f"{facts.cls}.{facts.act} = {written} is no activation that vLLM has by name.", facts.line)
+        raise Blocker(
+            f"{facts.cls}.{facts.act} = {written} is no activation that vLLM has by name.",
+            facts.line,
+        )
     function = "get_act_fn" if facts.kind == "plain" else "get_act_and_mul_fn"
     made = edit.statement(f"self.{facts.act} = {function}({name})")
     if facts.kind != "plain":
@@ -102,24 +120,49 @@ def _activation(node: edit.Statement, facts: MlpFacts) -> edit.Statement:
 def _replicate(work: Work, cls: cst.ClassDef, facts: MlpFacts) -> None:
     """A feed-forward of unknown shape keeps whole linears on every rank: right, only not sharded."""
     init = edit.method(cls, "__init__")
-    linears = {a for s in edit.body_of(init) if (p := edit.assigned_attribute(s)) and edit.is_call(p[1], "nn.Linear")
-               for a in (p[0],)}
+    linears = {
+        a
+        for s in edit.body_of(init)
+        if (p := edit.assigned_attribute(s)) and edit.is_call(p[1], "nn.Linear")
+        for a in (p[0],)
+    }
     every = edit.find(init, lambda n: edit.is_call(n, "nn.Linear"))
     if len(every) != len(linears):
-        raise Blocker(f"{facts.cls} makes linears in a way that portkit cannot follow ({facts.why}).", facts.line)
+        raise Blocker(
+            f"{facts.cls} makes linears in a way that portkit cannot follow ({facts.why}).",
+            facts.line,
+        )
     body = []
     for node in edit.body_of(init):
         pair = edit.assigned_attribute(node)
         if pair and pair[0] in linears:
             node = linear_statement(node, "ReplicatedLinear")
-            node = edit.comment_before(node, "PORT: whole on every rank; shard it (column, then row) to save memory.")
+            node = edit.comment_before(
+                node, "PORT: whole on every rank; shard it (column, then row) to save memory."
+            )
         body.append(node)
-    cls = set_method(cls, add_parameter(edit.with_body(init, body), "quant_config: QuantizationConfig | None = None"))
-    for method in [m for m in edit.members(cls) if isinstance(m, cst.FunctionDef) and m.name.value != "__init__"]:
-        new = edit.replace(method, lambda n: cst.Subscript(n, [cst.SubscriptElement(cst.Index(cst.Integer("0")))])
-                           if isinstance(n, cst.Call) and edit.code(n.func).removeprefix("self.") in linears
-                           and edit.code(n.func).startswith("self.") else None)
+    cls = set_method(
+        cls,
+        add_parameter(edit.with_body(init, body), "quant_config: QuantizationConfig | None = None"),
+    )
+    for method in [
+        m
+        for m in edit.members(cls)
+        if isinstance(m, cst.FunctionDef) and m.name.value != "__init__"
+    ]:
+        new = edit.replace(
+            method,
+            lambda n: (
+                cst.Subscript(n, [cst.SubscriptElement(cst.Index(cst.Integer("0")))])
+                if isinstance(n, cst.Call)
+                and edit.code(n.func).removeprefix("self.") in linears
+                and edit.code(n.func).startswith("self.")
+                else None
+            ),
+        )
         cls = set_method(cls, new)
     work.put(cls)
-    work.warnings.append(f"{facts.cls} is whole on every rank ({facts.why}). Decide how to shard it.")
+    work.warnings.append(
+        f"{facts.cls} is whole on every rank ({facts.why}). Decide how to shard it."
+    )
     work.did.append(f"{facts.cls}: linears -> ReplicatedLinear.")

@@ -13,7 +13,7 @@ from portkit.draft import source_draft
 from portkit.draft.blocker import Blocker
 from portkit.draft.finish import finish
 from portkit.draft.outcome import DraftOutcome
-from portkit.draft.transforms.parallel_attention import add_norm_helper, port_attention
+from portkit.draft.transforms.parallel_attention import port_attention
 from portkit.draft.transforms.parallel_mlp import port_mlp
 from portkit.draft.transforms.parallel_model import port_causal_lm, port_layer, port_model
 from portkit.draft.work import Work
@@ -28,10 +28,11 @@ def draft_source(source: str, architecture: str) -> Work:
     if facts.state in ("parallel", "weights") and "nn.Linear" not in source:
         return work
     if facts.state == "copy":
-        raise Blocker(f"{facts.architecture} does not have vLLM's interface yet: do step forward first.",
-                      work.line_of(f"class {facts.architecture}"))
+        raise Blocker(
+            f"{facts.architecture} does not have vLLM's interface yet: do step forward first.",
+            work.line_of(f"class {facts.architecture}"),
+        )
     port_attention(work)
-    add_norm_helper(work)
     for mlp in facts.mlp:
         port_mlp(work, mlp)
     port_layer(work)

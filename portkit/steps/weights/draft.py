@@ -19,11 +19,11 @@ from portkit.draft.outcome import DraftOutcome
 from portkit.draft.work import Work, set_members, set_method
 from portkit.port import Port
 
-_LOAD = '''
+_LOAD = """
 def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
     loader = AutoWeightsLoader(self)
     return loader.load_weights(weights{mapper})
-'''
+"""
 
 
 def draft_source(source: str, architecture: str) -> Work:
@@ -34,15 +34,22 @@ def draft_source(source: str, architecture: str) -> Work:
     if facts.state == "weights":
         return work
     if facts.state != "parallel":
-        raise Blocker(f"{facts.architecture} still has its own linears: do step parallel first.",
-                      work.line_of(f"class {facts.architecture}"))
+        raise Blocker(
+            f"{facts.architecture} still has its own linears: do step parallel first.",
+            work.line_of(f"class {facts.architecture}"),
+        )
     cls = work.cls(facts.causal_lm)
     stacked = stacked_mapping(work)
     mapper = ""
     if stacked:
-        lines = "".join(f'        "{name}": ("{fused}", {shard!r}),\n'.replace("'", '"') for name, fused, shard in stacked)
-        made = edit.statement("hf_to_vllm_mapper = WeightsMapper(\n    orig_to_new_stacked={\n"
-                              "        # name in the checkpoint: (fused parameter, its shard)\n" + lines + "    }\n)")
+        lines = "".join(
+            f'        "{name}": ("{fused}", {shard!r}),\n'.replace("'", '"')
+            for name, fused, shard in stacked
+        )
+        made = edit.statement(
+            "hf_to_vllm_mapper = WeightsMapper(\n    orig_to_new_stacked={\n"
+            "        # name in the checkpoint: (fused parameter, its shard)\n" + lines + "    }\n)"
+        )
         members = edit.members(cls)
         at = 1 if members and edit.is_docstring(members[0]) else 0
         if "hf_to_vllm_mapper" not in edit.code(cls):
@@ -50,10 +57,14 @@ def draft_source(source: str, architecture: str) -> Work:
         mapper = ", mapper=self.hf_to_vllm_mapper"
     cls = set_method(cls, edit.function(_LOAD.format(mapper=mapper)))
     work.put(cls)
-    work.did.append(f"{facts.causal_lm}: load_weights by AutoWeightsLoader"
-                    + (f", {len(stacked)} names into fused linears." if stacked else "."))
+    work.did.append(
+        f"{facts.causal_lm}: load_weights by AutoWeightsLoader"
+        + (f", {len(stacked)} names into fused linears." if stacked else ".")
+    )
     if facts.head is not None and facts.head.can_tie:
-        work.did.append(f"A tied {facts.head.attr} needs nothing: the loader skips a parameter that aliases another.")
+        work.did.append(
+            f"A tied {facts.head.attr} needs nothing: the loader skips a parameter that aliases another."
+        )
     work.module = cst.parse_module(finish(work))
     return work
 
@@ -62,7 +73,11 @@ def stacked_mapping(work: Work) -> list[tuple[str, str, str | int]]:
     """(name in the checkpoint, fused name, shard) for each part; empty if the checkpoint is fused itself."""
     module = view_module(work.module.code)
     packed = _packed(module.classes[work.facts.causal_lm].node)
-    made = {item.attr: call_name(item.value) for view in module.classes.values() for item in view.assigned}
+    made = {
+        item.attr: call_name(item.value)
+        for view in module.classes.values()
+        for item in view.assigned
+    }
     names = set(made) | {part for parts in packed.values() for part in parts}
     stacked: list[tuple[str, str, str | int]] = []
     for fused, parts in packed.items():
@@ -70,20 +85,32 @@ def stacked_mapping(work: Work) -> list[tuple[str, str, str | int]]:
         if parts == [fused]:
             continue
         if kind not in ("QKVParallelLinear", "MergedColumnParallelLinear"):
-            raise Blocker(f"packed_modules_mapping names {fused}, but no fused linear of that name is made.",
-                          work.line_of("packed_modules_mapping"))
-        shards: list[str | int] = list("qkv") if kind == "QKVParallelLinear" else list(range(len(parts)))
+            raise Blocker(
+                f"packed_modules_mapping names {fused}, but no fused linear of that name is made.",
+                work.line_of("packed_modules_mapping"),
+            )
+        shards: list[str | int] = (
+            list("qkv") if kind == "QKVParallelLinear" else list(range(len(parts)))
+        )
         if len(shards) != len(parts):
-            raise Blocker(f"{fused} is a {kind} but holds {len(parts)} linears.", work.line_of("packed_modules_mapping"))
-        for part, shard in zip(parts, shards):
+            raise Blocker(
+                f"{fused} is a {kind} but holds {len(parts)} linears.",
+                work.line_of("packed_modules_mapping"),
+            )
+        for part, shard in zip(parts, shards, strict=False):
             # The mapper replaces substrings: end at the dot if another name begins the same way.
             dot = "." if any(n != part and n.startswith(part) for n in names) else ""
             stacked.append((f".{part}{dot}", f".{fused}{dot}", shard))
-    fusing = {a for a, kind in made.items() if kind in ("QKVParallelLinear", "MergedColumnParallelLinear")}
+    fusing = {
+        a for a, kind in made.items() if kind in ("QKVParallelLinear", "MergedColumnParallelLinear")
+    }
     missing = sorted(fusing - set(packed))
     if missing:
-        raise Blocker(f"packed_modules_mapping does not say what {missing[0]} holds.", work.line_of(missing[0]),
-                      "Add it to the ForCausalLM class, then draft again.")
+        raise Blocker(
+            f"packed_modules_mapping does not say what {missing[0]} holds.",
+            work.line_of(missing[0]),
+            "Add it to the ForCausalLM class, then draft again.",
+        )
     return stacked
 
 
@@ -94,7 +121,9 @@ def _packed(node: ast.ClassDef) -> dict[str, list[str]]:
             try:
                 return dict(ast.literal_eval(item.value))
             except (ValueError, TypeError) as error:
-                raise Blocker("packed_modules_mapping is not a plain dictionary.", item.lineno) from error
+                raise Blocker(
+                    "packed_modules_mapping is not a plain dictionary.", item.lineno
+                ) from error
     return {}
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from vllm.config import ModelConfig
 from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
@@ -122,7 +123,10 @@ def load(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
         targets[id(parameter)] = target
         written[name] = target.parameter + ("" if target.shard is None else f" [{target.shard}]")
     unwritten = {}
+    optional = _cache_scales(model)
     for name, parameter in model.named_parameters():
+        if id(parameter) in optional and id(parameter) not in filled:
+            continue
         done = filled.get(id(parameter), [])
         missing = [s for s in targets[id(parameter)].shards if s not in done] if done else []
         if not done:
@@ -140,6 +144,15 @@ def loadable(model: nn.Module) -> dict[str, torch.Tensor]:
             if name not in module._non_persistent_buffers_set:
                 found[f"{path}.{name}" if path else name] = buffer
     return found
+
+
+def _cache_scales(model: nn.Module) -> set[int]:
+    """Return the ids of KV-cache scales: on a quantised model vLLM has defaults where a checkpoint has none."""
+    return {
+        id(parameter) for module in model.modules()
+        if isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod)
+        for parameter in module.parameters(recurse=False)
+    }
 
 
 def _is_aliased_head(model: nn.Module, parameters: dict[str, torch.Tensor], name: str) -> bool:

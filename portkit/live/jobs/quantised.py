@@ -1,0 +1,96 @@
+"""Job: run the port on a quantised copy of its checkpoint, beside Transformers with the same rounding.
+
+args: "loader", "portkit" (default) or "port".
+value: format, ignored, layers [path, class, members, expected, actual], cases [prompt, mean and
+largest difference to Transformers quantised alike, mean difference that quantising makes at all],
+difference, effect (means over all of them), tolerance [part of the effect, reason]; "nothing" with a reason instead, if the model has nothing to quantise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+from portkit.live.checkpoint import open_checkpoint
+from portkit.live.device import find_device
+from portkit.live.engine import start
+from portkit.live.job import JobRequest
+from portkit.live.portmodule import port_class
+from portkit.live.prompts import prompts_for
+from portkit.live.quantised import Plan, format_for, logprobs, plan, quantised_original, write_copy
+from portkit.live.reference import load_model, original_class
+from portkit.port import Port
+
+TOLERANCE = {
+    "cpu": (0.3, "both sides round alike, so most prompts agree to 1e-5; but float32 sums in another order can "
+                 "push an activation over a rounding step, which a single time moves a prompt by a tenth of "
+                 "what quantising moves it"),
+    "cuda": (0.5, "as on the CPU, and vLLM's 8-bit kernels answer in bfloat16, of two to three digits"),
+}
+"""Per device: the largest mean |difference| of log-probabilities, as a part of what quantising itself changes."""
+
+
+def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
+    """Quantise, run, compare; what vLLM or the port says to the quantised checkpoint passes through."""
+    port = Port(Path(request.port_root))
+    checkpoint = open_checkpoint(port.checkpoint)
+    device = find_device()[0]
+    format = format_for(device)
+    packed = dict(getattr(port_class(port), "packed_modules_mapping", None) or {})
+    original = load_model(original_class(port), checkpoint)
+    chosen = plan(original, set(checkpoint.names), packed)
+    if not chosen.quantised:
+        return {"nothing": "the original has no nn.Linear that its checkpoint names"}
+    folder = port.state_dir / "cache" / "quantised"
+    say(f"writing an {format} copy of the checkpoint")
+    write_copy(checkpoint, folder, chosen, format)
+    options: dict[str, Any] = {}
+    if device == "cuda":
+        # The 8-bit kernels give no float32; with bfloat16 vLLM may choose its usual attention.
+        options = {"dtype": "bfloat16", "attention_config": None}
+    say(f"starting vLLM on the {format} copy")
+    with start(port.root, loader=request.args.get("loader", "portkit"), checkpoint=folder, **options) as engine:
+        prompts = prompts_for(
+            port, checkpoint, longest=int(engine.llm.llm_engine.model_config.max_model_len)
+        ).short[:4]
+        rows = _layers(engine.model, chosen, packed)
+        ours = engine.prompt_logprobs(prompts)
+    cases = []
+    plain = [logprobs(original, ids) for ids in prompts]
+    with quantised_original(original, chosen, format) as model:
+        for ids, mine, unrounded in zip(prompts, ours, plain, strict=True):
+            theirs = logprobs(model, ids)
+            distance = np.abs(mine - theirs)
+            cases.append({
+                "name": f"prompt of {len(ids)} tokens", "mean": float(distance.mean()),
+                "max": float(distance.max()), "effect": float(np.abs(theirs - unrounded).mean()),
+            })
+    return {
+        "format": format, "ignored": list(chosen.ignored), "layers": rows, "cases": cases,
+        "difference": float(np.mean([c["mean"] for c in cases])),
+        "effect": float(np.mean([c["effect"] for c in cases])),
+        "tolerance": list(TOLERANCE[device]),
+    }
+
+
+def _layers(model: nn.Module, chosen: Plan, packed: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """Return for each parallel linear whether it is quantised, and whether it should be."""
+    rows = []
+    for path, module in model.named_modules():
+        if not isinstance(module, LinearBase):
+            continue
+        parent, _, attr = path.rpartition(".")
+        members = [f"{parent}.{part}" for part in packed.get(attr, (attr,))]
+        rows.append({
+            "path": path, "class": type(module).__name__, "members": members,
+            "expected": any(m in chosen.quantised for m in members),
+            "known": any(m in chosen.quantised or m in chosen.ignored for m in members),
+            "actual": not isinstance(module.quant_method, UnquantizedLinearMethod),
+            "scheme": type(getattr(module, "scheme", None)).__name__ if hasattr(module, "scheme") else "",
+        })
+    return rows

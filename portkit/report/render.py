@@ -55,8 +55,7 @@ def verdict_blocks(verdict: Verdict) -> tuple[Block, ...]:
     aside = ", ".join(
         filter(None, [verdict.device, f"{verdict.seconds:.1f} s" if verdict.seconds else ""])
     )
-    first = f"{verdict.title}: {verdict.what}" if verdict.title else verdict.what
-    blocks: list[Block] = [Line(first, verdict.status, aside=aside)]
+    blocks: list[Block] = [Line(verdict.what, verdict.status, verdict.title, aside)]
     if verdict.where:
         blocks.append(Line(verdict.where, label="where", indent=1))
     if verdict.next:

@@ -104,14 +104,7 @@ def _grid(rows: tuple[tuple[str, str], ...]) -> RenderableType:
 
 
 def _table(table: Table) -> RenderableType:
-    drawn = RichTable(
-        title=table.title or None,
-        title_justify="left",
-        caption=table.note or None,
-        caption_justify="left",
-        title_style="bold",
-        caption_style="dim",
-    )
+    drawn = RichTable()
     for position, column in enumerate(table.columns):
         right = bool(table.rows) and all(
             isinstance(row[position], (int, float)) for row in table.rows if position < len(row)
@@ -119,7 +112,9 @@ def _table(table: Table) -> RenderableType:
         drawn.add_column(Text(str(column)), justify="right" if right else "left", overflow="fold")
     for row in table.rows:
         drawn.add_row(*(Text(cell(value)) for value in row))
-    return drawn
+    above = [Text(table.title, style="bold")] if table.title else []
+    below = [Text(table.note, style="dim")] if table.note else []
+    return Group(*above, drawn, *below)
 
 
 def cell(value: object) -> str:

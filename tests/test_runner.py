@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -180,3 +182,13 @@ def test_every_check_of_the_workbook_is_sound():
         assert len(ordered) == len(runner.checks_of(step))
         for one in runner.checks_of(step):
             assert set(one.requires) <= set(seen), one
+
+
+def test_checks_are_light():
+    """Checks run in the reader's kernel: what is heavy belongs in the worker's jobs."""
+    code = (
+        "import sys; from portkit.checks.runner import all_checks; all_checks();"
+        "heavy = {'torch', 'vllm', 'transformers'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

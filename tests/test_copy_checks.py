@@ -1,6 +1,6 @@
 """Checks of step copy: green on the drafted copy, red on each seeded bug.
 
-    pytest tests/test_copy_checks.py
+pytest tests/test_copy_checks.py
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def test_a_copy_by_hand_is_bit_equal(port: Port) -> None:
 
 
 def test_a_relative_import_is_named_with_its_line(port: Port) -> None:
-    verdict = judge(port, "stands_alone", broken(port, "from transformers.activations", "from ...activations"))
+    verdict = judge(
+        port, "stands_alone", broken(port, "from transformers.activations", "from ...activations")
+    )
     assert verdict.status == "failed"
     assert "relative import" in verdict.what
     assert "modeling_helium.py:" in verdict.where
@@ -67,7 +69,8 @@ def test_a_relative_import_is_named_with_its_line(port: Port) -> None:
 def test_another_models_base_class_is_named(port: Port) -> None:
     source = port.source.replace(
         "class HeliumForCausalLM(",
-        "from transformers.models.llama.modeling_llama import LlamaForCausalLM\n\n\nclass HeliumForCausalLM(LlamaForCausalLM, ",
+        "from transformers.models.llama.modeling_llama import LlamaForCausalLM\n\n\nclass "
+        "HeliumForCausalLM(LlamaForCausalLM, ",
     )
     verdict = judge(port, "stands_alone", source)
     assert verdict.status == "failed"
@@ -93,14 +96,20 @@ def test_another_sha_in_port_toml_is_refused(port: Port) -> None:
 
 
 def test_a_changed_computation_is_not_bit_equal(port: Port) -> None:
-    verdict = judge(port, "bit_equal", broken(port, "torch.rsqrt(variance", "torch.rsqrt(1e-6 + variance"))
+    verdict = judge(
+        port, "bit_equal", broken(port, "torch.rsqrt(variance", "torch.rsqrt(1e-6 + variance")
+    )
     assert verdict.status == "failed"
     assert "not the original's" in verdict.what
     assert any(row[2] == "NO" for row in verdict.tables[0].rows)
 
 
 def test_a_broken_cache_is_seen(port: Port) -> None:
-    source = broken(port, "past_key_values.update(key_states, value_states", "past_key_values.update(value_states, value_states")
+    source = broken(
+        port,
+        "past_key_values.update(key_states, value_states",
+        "past_key_values.update(value_states, value_states",
+    )
     verdict = judge(port, "bit_equal", source)
     assert verdict.status == "failed"
     rows = {row[0]: row[2] for row in verdict.tables[0].rows}

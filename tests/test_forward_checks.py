@@ -41,96 +41,155 @@ ONLY_LATER = ("interface", "starts", "prefill_parity")
 STARTS = ("interface", "starts")
 SEEDS = {
     "rotary halves instead of pairs": Seed(
-        "is_neox_style=False", "is_neox_style=True", "prefill_parity", (*STARTS, "ragged_batch"),
+        "is_neox_style=False",
+        "is_neox_style=True",
+        "prefill_parity",
+        (*STARTS, "ragged_batch"),
         ("model.layers.0.self_attn", "queries", "With is_neox_style=False", "get_rope"),
     ),
     "rope parameters not passed": Seed(
-        "rope_parameters=config.rope_parameters", "rope_parameters=None", "prefill_parity", STARTS,
+        "rope_parameters=config.rope_parameters",
+        "rope_parameters=None",
+        "prefill_parity",
+        STARTS,
         ("rope_theta 20000 instead of 10000",),
     ),
     "rotary embedding not applied": Seed(
-        "        q, k = self.rotary_emb(positions, q, k)\n", "", "prefill_parity", STARTS,
+        "        q, k = self.rotary_emb(positions, q, k)\n",
+        "",
+        "prefill_parity",
+        STARTS,
         ("the rotary embedding is not applied",),
     ),
     "positions recomputed": Seed(
         "        q, k = self.rotary_emb(positions, q, k)",
         "        q, k = self.rotary_emb(torch.arange(len(q)), q, k)",
-        "chunked_prefill", ONLY_LATER, ("position 0 for the token at position 56", "self.rotary_emb(torch.arange"),
+        "chunked_prefill",
+        ONLY_LATER,
+        ("position 0 for the token at position 56", "self.rotary_emb(torch.arange"),
     ),
     "attention by hand, without the cache": Seed(
         "        attn_output = self.attn(q, k, v)\n",
         "        n, groups = len(q), self.num_heads // self.num_kv_heads\n"
         "        q = q.view(n, -1, self.head_dim).transpose(0, 1)\n"
         "        k, v = (\n"
-        "            t.view(n, -1, self.head_dim).transpose(0, 1).repeat_interleave(groups, 0) for t in (k, v)\n"
+        "            t.view(n, -1, self.head_dim).transpose(0, 1).repeat_interleave(groups, 0) "
+        "for t in (k, v)\n"
         "        )\n"
-        "        attn_output = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)\n"
+        "        attn_output = nn.functional.scaled_dot_product_attention(q, k, v, "
+        "is_causal=True)\n"
         "        attn_output = attn_output.transpose(0, 1).reshape(n, -1)\n",
-        "chunked_prefill", ONLY_LATER, ("model.layers.0.self_attn.attn", "never calls it", "paged cache"),
+        "chunked_prefill",
+        ONLY_LATER,
+        ("model.layers.0.self_attn.attn", "never calls it", "paged cache"),
     ),
     "attention scale": Seed(
-        "self.head_dim**-0.5", "self.head_dim**-1.0", "prefill_parity", STARTS,
+        "self.head_dim**-0.5",
+        "self.head_dim**-1.0",
+        "prefill_parity",
+        STARTS,
         ("Attention's scale is 0.03125, the original's is 0.176777", "self.attn = Attention"),
     ),
     "keys and values exchanged": Seed(
-        "self.attn(q, k, v)", "self.attn(q, v, k)", "prefill_parity", STARTS, ("v_proj", "self.attn(q, v, k)"),
+        "self.attn(q, k, v)",
+        "self.attn(q, v, k)",
+        "prefill_parity",
+        STARTS,
+        ("v_proj", "self.attn(q, v, k)"),
     ),
     "bias dropped": Seed(
-        "bias=config.attention_bias", "bias=False", "starts", ("interface",),
+        "bias=config.attention_bias",
+        "bias=False",
+        "starts",
+        ("interface",),
         ("9 tensors of the checkpoint have no place", "k_proj.bias", "bias=False"),
     ),
     "norm skipped": Seed(
-        "        hidden_states = self.post_attention_layernorm(hidden_states)\n", "", "prefill_parity", STARTS,
+        "        hidden_states = self.post_attention_layernorm(hidden_states)\n",
+        "",
+        "prefill_parity",
+        STARTS,
         ("model.layers.0.post_attention_layernorm", "never calls it"),
     ),
     "final norm's eps": Seed(
-        "self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)", "self.norm = RMSNorm(config.hidden_size)",
-        "prefill_parity", STARTS, ("model.norm", "Its eps is 1e-06, the original's is 0.01"),
+        "self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)",
+        "self.norm = RMSNorm(config.hidden_size)",
+        "prefill_parity",
+        STARTS,
+        ("model.norm", "Its eps is 1e-06, the original's is 0.01"),
     ),
     "gate and up exchanged": Seed(
-        "self.act_fn(self.gate_proj(x)) * self.up_proj(x)", "self.act_fn(self.up_proj(x)) * self.gate_proj(x)",
-        "prefill_parity", STARTS, ("applied to up_proj, in the original to gate_proj",),
+        "self.act_fn(self.gate_proj(x)) * self.up_proj(x)",
+        "self.act_fn(self.up_proj(x)) * self.gate_proj(x)",
+        "prefill_parity",
+        STARTS,
+        ("applied to up_proj, in the original to gate_proj",),
     ),
     "another activation": Seed(
-        "ACT2FN[config.hidden_act]", 'ACT2FN["gelu"]', "prefill_parity", STARTS,
+        "ACT2FN[config.hidden_act]",
+        'ACT2FN["gelu"]',
+        "prefill_parity",
+        STARTS,
         ("The activation is gelu, the original's is silu",),
     ),
     "residual left out": Seed(
-        "        return residual + hidden_states", "        return hidden_states", "prefill_parity", STARTS,
+        "        return residual + hidden_states",
+        "        return hidden_states",
+        "prefill_parity",
+        STARTS,
         ("the output of model.layers.0", "return hidden_states", "down_proj"),
     ),
     "logits scaled": Seed(
-        "return self.lm_head(hidden_states)", "return self.lm_head(hidden_states) / 2", "prefill_parity", STARTS,
+        "return self.lm_head(hidden_states)",
+        "return self.lm_head(hidden_states) / 2",
+        "prefill_parity",
+        STARTS,
         ("divided by 2", "return self.lm_head(hidden_states) / 2"),
     ),
     "inputs_embeds ignored": Seed(
-        "        if inputs_embeds is not None:\n            hidden_states = inputs_embeds\n        else:\n"
+        "        if inputs_embeds is not None:\n            hidden_states = inputs_embeds\n     "
+        "   else:\n"
         "            hidden_states = self.embed_input_ids(input_ids)",
         "        hidden_states = self.embed_input_ids(input_ids)",
-        "inputs_embeds", (*ONLY_LATER, "chunked_prefill", "decode_parity", "ragged_batch", "far_positions"),
+        "inputs_embeds",
+        (*ONLY_LATER, "chunked_prefill", "decode_parity", "ragged_batch", "far_positions"),
         ("input_ids is None",),
     ),
     "a value kept between calls": Seed(
         "        return self.o_proj(attn_output)",
         "        out = self.o_proj(attn_output)\n"
-        "        return out if len(out) < 2 else out + 0.1 * (positions == 0).cumsum(0)[:, None].clamp(min=1) - 0.1",
-        "ragged_batch", (*ONLY_LATER, "decode_parity"), ("against the same alone",),
+        "        return out if len(out) < 2 else out + 0.1 * (positions == 0).cumsum(0)[:, "
+        "None].clamp(min=1) - 0.1",
+        "ragged_batch",
+        (*ONLY_LATER, "decode_parity"),
+        ("against the same alone",),
     ),
     "a batch dimension": Seed(
         "        q = self.q_proj(hidden_states)",
         "        bsz, seq, _ = hidden_states.shape\n        q = self.q_proj(hidden_states)",
-        "starts", ("interface",), ("not enough values to unpack", "bsz, seq, _ = hidden_states.shape"),
+        "starts",
+        ("interface",),
+        ("not enough values to unpack", "bsz, seq, _ = hidden_states.shape"),
     ),
     "the original's argument": Seed(
-        "        positions: torch.Tensor,\n        intermediate_tensors: IntermediateTensors | None = None,\n"
-        "        inputs_embeds: torch.Tensor | None = None,\n    ) -> torch.Tensor:\n        return self.model(",
-        "        position_ids: torch.Tensor,\n        intermediate_tensors: IntermediateTensors | None = None,\n"
+        "        positions: torch.Tensor,\n        intermediate_tensors: IntermediateTensors | "
+        "None = None,\n"
+        "        inputs_embeds: torch.Tensor | None = None,\n    ) -> torch.Tensor:\n        "
+        "return self.model(",
+        "        position_ids: torch.Tensor,\n        intermediate_tensors: IntermediateTensors "
+        "| None = None,\n"
         "        inputs_embeds: torch.Tensor | None = None,\n    ) -> torch.Tensor:\n"
         "        positions = position_ids\n        return self.model(",
-        "interface", (), ("forward(positions) is missing", "forward(position_ids) is left over"),
+        "interface",
+        (),
+        ("forward(positions) is missing", "forward(position_ids) is left over"),
     ),
     "another name for the class": Seed(
-        "class HeliumForCausalLM", "class HeliumCausalLM", "interface", (), ("no class HeliumForCausalLM", "HeliumCausalLM"),
+        "class HeliumForCausalLM",
+        "class HeliumCausalLM",
+        "interface",
+        (),
+        ("no class HeliumForCausalLM", "HeliumCausalLM"),
     ),
 }
 

@@ -17,8 +17,22 @@ from typing import Any
 from portkit.errors import PortkitError
 
 DTYPE_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2,
-    "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
 }
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -102,7 +116,9 @@ def read_header(shard: Path) -> list[TensorInfo]:
         if not 2 <= length <= min(size - 8, 100_000_000):
             raise PortkitError(
                 f"{shard.name} is not a whole safetensors file: its header would be {length} bytes "
-                f"long, the file has {size}.", str(shard), remedy,
+                f"long, the file has {size}.",
+                str(shard),
+                remedy,
             )
         text = stream.read(length)
     try:
@@ -127,7 +143,9 @@ def read_header(shard: Path) -> list[TensorInfo]:
         if start != end or stop < start or (width and (stop - start) != count * width):
             raise PortkitError(
                 f"The header of {shard.name} is corrupt: {name} of shape {list(shape)} and "
-                f"{entry['dtype']} cannot lie at bytes {start} to {stop}.", str(shard), remedy,
+                f"{entry['dtype']} cannot lie at bytes {start} to {stop}.",
+                str(shard),
+                remedy,
             )
         end = stop
         tensors.append(TensorInfo(name, shape, entry["dtype"], shard.name, stop - start))
@@ -135,7 +153,8 @@ def read_header(shard: Path) -> list[TensorInfo]:
         word = "truncated" if size < 8 + length + end else "longer than it says"
         raise PortkitError(
             f"{shard.name} is {word}: it announces {8 + length + end} bytes and has {size}.",
-            str(shard), remedy,
+            str(shard),
+            remedy,
         )
     return tensors
 
@@ -144,12 +163,14 @@ def _config(root: Path) -> dict[str, Any]:
     path = root / "config.json"
     if not root.is_dir():
         raise PortkitError(
-            "There is no checkpoint folder.", str(root),
+            "There is no checkpoint folder.",
+            str(root),
             "Put the checkpoint there, or make the port with --checkpoint DIR.",
         )
     if not path.is_file():
         raise PortkitError(
-            "The checkpoint has no config.json.", str(root),
+            "The checkpoint has no config.json.",
+            str(root),
             "Copy config.json beside the shards; vLLM reads the architecture from it.",
         )
     try:
@@ -160,7 +181,8 @@ def _config(root: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict) or not config.get("architectures"):
         raise PortkitError(
-            'config.json names no "architectures".', str(path),
+            'config.json names no "architectures".',
+            str(path),
             'Add e.g. "architectures": ["HeliumForCausalLM"]: vLLM chooses the class by it.',
         )
     return config
@@ -175,7 +197,8 @@ def _shards(root: Path) -> list[Path]:
             raise PortkitError(
                 f"{len(absent)} of the {len(names)} shards that the index names "
                 f"{'is' if len(absent) == 1 else 'are'} absent: {', '.join(absent[:4])}.",
-                str(index), "Download the absent shards into that folder.",
+                str(index),
+                "Download the absent shards into that folder.",
             )
         return [root / name for name in names]
     shards = sorted(root.glob("*.safetensors"))
@@ -185,9 +208,11 @@ def _shards(root: Path) -> list[Path]:
     if pickles:
         raise PortkitError(
             f"The checkpoint is a pickle ({', '.join(pickles[:3])}); loading one runs whatever "
-            "code is in it, so portkit does not.", str(root),
+            "code is in it, so portkit does not.",
+            str(root),
             "Convert it where you trust it: "
-            "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW, safe_serialization=True)`.",
+            "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW, "
+            "safe_serialization=True)`.",
         )
     raise PortkitError(
         "The checkpoint has no *.safetensors file.", str(root), "Copy its shards into that folder."
@@ -210,6 +235,7 @@ def _compare_with_index(root: Path, tensors: dict[str, TensorInfo]) -> None:
     for name, shard in _weight_map(index).items():
         if name not in tensors or tensors[name].shard != shard:
             raise PortkitError(
-                f"The index says that {name!r} is in {shard}, but it is not there.", str(index),
+                f"The index says that {name!r} is in {shard}, but it is not there.",
+                str(index),
                 "Index and shards are of different checkpoints: download them together again.",
             )

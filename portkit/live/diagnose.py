@@ -13,13 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding, RotaryEmbeddingBase
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
-from portkit.live.trace import Captures, Divergence, paired
-
-NEAR = 1e-4
-"""Relative to the largest value: as near as float32 rounding leaves two ways to compute the same."""
-
+from portkit.live.comparing import Evidence
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": nn.functional.silu,
@@ -32,25 +28,8 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-class Diagnosis:
+class Diagnosis(Evidence):
     """Collects causes about one divergence."""
-
-    def __init__(
-        self, divergence: Divergence, ours: Captures, theirs: Captures, port: nn.Module,
-        original: nn.Module,
-    ) -> None:
-        self.at = divergence
-        self.ours = ours
-        self.theirs = theirs
-        self.port = port
-        self.original = original
-        self.packed = getattr(port, "packed_modules_mapping", None) or {}
-        self.found: list[str] = []
-        self.possible: list[str] = []
-        self.call = ""
-        """The attribute to be looked at, if it is not the module itself."""
-        self.at_call = False
-        """Whether the fault is in what is handed over and not in how the module is made."""
 
     def run(self) -> tuple[str, ...]:
         """Return the causes, those that were proven before those that are only likely."""
@@ -68,7 +47,10 @@ class Diagnosis:
             self._rotary()
         elif at.role == "v":
             self._matches()
-            self.possible.append("q, k and v are split in another order, or with other sizes, than they were projected.")
+            self.possible.append(
+                "q, k and v are split in another order, or with other sizes, than they were "
+                "projected."
+            )
         elif at.role == "attn":
             self._attention()
         elif at.role == "in":
@@ -83,11 +65,14 @@ class Diagnosis:
         at = self.at
         if isinstance(self._module(at.path), Attention):
             self.found.append(
-                f"The port makes {at.path} but its forward never calls it: keys and values do not reach "
+                f"The port makes {at.path} but its forward never calls it: keys and values do "
+                f"not reach "
                 "vLLM's paged cache, and no later chunk or decode step can see them."
             )
             return
-        self.found.append(f"The port makes {at.path} and loads its weights, but its forward never calls it.")
+        self.found.append(
+            f"The port makes {at.path} and loads its weights, but its forward never calls it."
+        )
         parent = at.path.rpartition(".")[0]
         rows = len(self.theirs.values[at.path, "out"])
         for (path, role), value in self.ours.values.items():
@@ -121,7 +106,10 @@ class Diagnosis:
         other = self._matches()
         if other and not other.startswith(self._projection(self.at.role)):
             attention = self._attention_module()
-            self.call, self.at_call = self._name_of(attention) if attention is not None else "", True
+            self.call, self.at_call = (
+                self._name_of(attention) if attention is not None else "",
+                True,
+            )
         if self.at.first_ok:
             self.possible.append(
                 "Position 0 is right and later ones are not, which only a rotation can do: "
@@ -134,7 +122,9 @@ class Diagnosis:
                 "norm of queries and keys left out, a scale, or a split with other sizes."
             )
 
-    def _try_rotary(self, rotary: RotaryEmbedding, given: torch.Tensor, target: torch.Tensor) -> None:
+    def _try_rotary(
+        self, rotary: RotaryEmbedding, given: torch.Tensor, target: torch.Tensor
+    ) -> None:
         config = self.original.config
         rope = getattr(config, "rope_parameters", None) or {}
         theta = rope.get("rope_theta") if isinstance(rope.get("rope_theta"), int | float) else None
@@ -148,7 +138,9 @@ class Diagnosis:
             for dim in dict.fromkeys(dims):
                 for style in styles:
                     changed = self._differences(rotary, base, dim, style)
-                    if changed and self._near(_rotate(given, positions, rotary.head_size, dim, base, style), target):
+                    if changed and self._near(
+                        _rotate(given, positions, rotary.head_size, dim, base, style), target
+                    ):
                         self.found.append(
                             "With " + " and ".join(changed) + " the numbers agree (tried on this "
                             "prompt). Change that in get_rope(...)."
@@ -162,9 +154,15 @@ class Diagnosis:
             layout = "halves" if style else "interleaved pairs"
             changed.append(f"is_neox_style={style} (the original rotates {layout})")
         if base != rotary.base:
-            changed.append(f"rope_theta {base:g} instead of {rotary.base:g} (pass rope_parameters=config.rope_parameters)")
+            changed.append(
+                f"rope_theta {base:g} instead of {rotary.base:g} (pass "
+                f"rope_parameters=config.rope_parameters)"
+            )
         if dim != rotary.rotary_dim:
-            changed.append(f"{dim} instead of {rotary.rotary_dim} of a head's {rotary.head_size} values rotated")
+            changed.append(
+                f"{dim} instead of {rotary.rotary_dim} of a head's {rotary.head_size} values "
+                f"rotated"
+            )
         return changed
 
     def _attention(self) -> None:
@@ -194,7 +192,9 @@ class Diagnosis:
             cap = options.get("softcap")
             ours_cap = getattr(impl, "logits_soft_cap", None) or getattr(impl, "soft_cap", None)
             if (cap or 0) != (ours_cap or 0):
-                self.found.append(f"Attention logits are capped at {cap} in the original: logits_soft_cap=.")
+                self.found.append(
+                    f"Attention logits are capped at {cap} in the original: logits_soft_cap=."
+                )
         self._matches()
         if self.at.first_ok:
             self.possible.append(
@@ -221,12 +221,15 @@ class Diagnosis:
     def _activation(self, parent: str, *, product: bool) -> None:
         """Try the functions and the order of an activation on what its neighbours returned."""
         branches = [
-            (path, self._get(path, "out")) for path, role in self.theirs.values
-            if role == "out" and path.rpartition(".")[0] == parent and path != self.at.path
+            (path, self._get(path, "out"))
+            for path, role in self.theirs.values
+            if role == "out"
+            and path.rpartition(".")[0] == parent
+            and path != self.at.path
             and getattr(self._original(path), "weight", None) is not None
         ]
         branches = [(p, t) for p, t in branches if t is not None and t.shape == self._ours().shape]
-        if not branches or product and len(branches) != 2:
+        if not branches or (product and len(branches) != 2):
             return
         target = self.theirs.values[self.at.path, self.at.role]
 
@@ -235,17 +238,25 @@ class Diagnosis:
             return result * branches[1 - which][1] if product else result
 
         order = range(len(branches))
-        right = next(((n, w) for w in order for n in ACTIVATIONS if self._near(tried(n, w), target)), None)
-        used = next(((n, w) for w in order for n in ACTIVATIONS if self._near(tried(n, w), self._ours())), None)
+        right = next(
+            ((n, w) for w in order for n in ACTIVATIONS if self._near(tried(n, w), target)), None
+        )
+        used = next(
+            ((n, w) for w in order for n in ACTIVATIONS if self._near(tried(n, w), self._ours())),
+            None,
+        )
         if right is None or used is None or used == right:
             return
         if used[1] != right[1]:
             self.found.append(
-                f"The activation is applied to {branches[used[1]][0].rpartition('.')[2]}, in the original to "
+                f"The activation is applied to {branches[used[1]][0].rpartition('.')[2]}, in "
+                f"the original to "
                 f"{branches[right[1]][0].rpartition('.')[2]}: the two are swapped."
             )
         if used[0] != right[0]:
-            self.found.append(f"The activation is {used[0]}, the original's is {right[0]} (config.hidden_act).")
+            self.found.append(
+                f"The activation is {used[0]}, the original's is {right[0]} (config.hidden_act)."
+            )
 
     def _output(self) -> None:
         path = self.at.path
@@ -256,21 +267,31 @@ class Diagnosis:
             self._norm(module, original, ours, theirs)
         elif isinstance(original, nn.Embedding):
             self._scaled("The embedding")
-            self.possible.append("The embedding's rows differ: was its weight loaded, and tied as the config says?")
+            self.possible.append(
+                "The embedding's rows differ: was its weight loaded, and tied as the config says?"
+            )
         elif wanted is not None:
             self._bias(module, original, ours, theirs)
             self._swapped(path, ours)
             if (
-                weight is not None and weight.shape == wanted.shape
+                weight is not None
+                and weight.shape == wanted.shape
                 and not self._near(weight.detach().float().cpu(), wanted.detach().float().cpu())
             ):
-                self.found.append(f"The weight itself differs from the checkpoint's: {path} was not loaded as it should be.")
-            self.possible.append("Its input agrees, its output does not: weight, bias, or the order inside a fused layer.")
+                self.found.append(
+                    f"The weight itself differs from the checkpoint's: {path} was not loaded as "
+                    f"it should be."
+                )
+            self.possible.append(
+                "Its input agrees, its output does not: weight, bias, or the order inside a "
+                "fused layer."
+            )
         elif original is not None and not any(True for _ in original.children()):
             self._activation(path.rpartition(".")[0], product=False)
             self._matches("What it returns is")
             self.possible.append(
-                f"{path} is {type(original).__name__} in the original and {type(module).__name__} in the port, "
+                f"{path} is {type(original).__name__} in the original and "
+                f"{type(module).__name__} in the port, "
                 "or it is called on another tensor."
             )
         else:
@@ -297,14 +318,19 @@ class Diagnosis:
             self.found.append("The original subtracts the mean: it is a LayerNorm.")
         self._matches("What it returns is")
         self.possible.append(
-            "Its input agrees: its formula differs (mean, eps, 1 + weight), or its weight is another norm's."
+            "Its input agrees: its formula differs (mean, eps, 1 + weight), or its weight is "
+            "another norm's."
         )
 
     def _bias(self, module: Any, original: Any, ours: torch.Tensor, theirs: torch.Tensor) -> None:
         difference = theirs - ours
         bias = getattr(original, "bias", None)
-        if bias is not None and self._near(difference, bias.detach().float().cpu().expand_as(difference)):
-            self.found.append("Exactly its bias is missing: build the layer with bias= as the config says.")
+        if bias is not None and self._near(
+            difference, bias.detach().float().cpu().expand_as(difference)
+        ):
+            self.found.append(
+                "Exactly its bias is missing: build the layer with bias= as the config says."
+            )
         elif len(difference) > 1 and self._near(difference, difference[:1].expand_as(difference)):
             self.found.append("The difference is the same for every token: a bias is wrong.")
 
@@ -316,7 +342,8 @@ class Diagnosis:
                     value = self.theirs.values.get((f"{parent}.{other}", "out"))
                     if other != name and value is not None and self._near(ours, value):
                         self.found.append(
-                            f"In the place of {name} stands {other}: the fused layer's parts are in another order."
+                            f"In the place of {name} stands {other}: the fused layer's parts "
+                            f"are in another order."
                         )
 
     def _logits(self) -> None:
@@ -329,89 +356,22 @@ class Diagnosis:
             )
         cap = getattr(self.original.config, "final_logit_softcapping", None)
         if cap and self._near(cap * torch.tanh(ours / cap), theirs):
-            self.found.append(f"The original caps its logits at {cap}: soft_cap= of LogitsProcessor.")
+            self.found.append(
+                f"The original caps its logits at {cap}: soft_cap= of LogitsProcessor."
+            )
         self.possible.append(
             "The hidden states agree, compute_logits does not: head not tied as the config says, "
             "its weight not loaded, a scale or a cap left out."
         )
 
-    # ---- helpers --------------------------------------------------------------------------------
-
-    def _matches(self, what: str = "vLLM's value is") -> str:
-        """Say so if our tensor is, number by number, another one of the original's; return its path."""
-        ours, target = self._ours(), self.theirs.values[self.at.path, self.at.role]
-        for (path, role), value in self.theirs.values.items():
-            if value.shape == ours.shape and self._near(ours, value) and not self._near(target, value):
-                word = {"in": "the input of ", "out": "the output of "}.get(role, f"{role} of ")
-                self.found.append(
-                    f"{what} exactly what the original has as {word}{path}: what should come between is left out, "
-                    "or the wrong variable is used."
-                )
-                return path
-        return ""
-
-    def _scaled(self, what: str) -> None:
-        ours, theirs = self._ours(), self.theirs.values[self.at.path, self.at.role]
-        rows = min(len(ours), len(theirs))
-        ours, theirs = ours[:rows], theirs[:rows]
-        energy = float((ours * ours).sum())
-        ratio = float((ours * theirs).sum()) / energy if energy else 0.0
-        if ratio and abs(ratio - 1) > 1e-3 and self._near(ours * ratio, theirs):
-            hidden = getattr(self.original.config, "hidden_size", 0)
-            root = " (the root of hidden_size)" if hidden and abs(ratio - hidden**0.5) < 0.05 * ratio else ""
-            self.found.append(f"{what[0].upper()}{what[1:]} is {ratio:.6g} times as large in the original{root}.")
-
-    def _near(self, a: torch.Tensor, b: torch.Tensor) -> bool:
-        rows = min(len(a), len(b))
-        if a.shape[1:] != b.shape[1:] or not rows:
-            return False
-        scale = float(b[:rows].abs().max()) or 1.0
-        return bool((a[:rows] - b[:rows]).abs().max() <= NEAR * scale)
-
-    def _ours(self) -> torch.Tensor:
-        value = self._get(self.at.path, self.at.role)
-        return value if value is not None else torch.zeros(0, 0)
-
-    def _get(self, path: str, role: str) -> torch.Tensor | None:
-        return paired(self.ours, self.theirs, self.packed, path, role) if path else None
-
-    def _module(self, path: str) -> Any:
-        return dict(self.port.named_modules(remove_duplicate=False)).get(path)
-
-    def _original(self, path: str) -> Any:
-        return dict(self.original.named_modules(remove_duplicate=False)).get(path)
-
-    def _block(self) -> nn.Module | None:
-        return self._module(self.at.path)
-
-    def _rotary_module(self) -> RotaryEmbeddingBase | None:
-        for root in (self._block(), self.port):
-            for module in root.modules() if root is not None else ():
-                if isinstance(module, RotaryEmbeddingBase):
-                    return module
-        return None
-
-    def _attention_module(self) -> Attention | None:
-        block = self._block()
-        return next((m for m in block.modules() if isinstance(m, Attention)), None) if block else None
-
-    def _name_of(self, module: nn.Module) -> str:
-        block = self._block()
-        return next((n for n, m in block.named_children() if m is module), "") if block else ""
-
-    def _rotary_positions(self) -> list[int]:
-        return next(iter(self.ours.extra.get("rotary positions", {}).values()), [])
-
-    def _projection(self, role: str) -> str:
-        """Return the path of the original's projection (or norm) that made q or k."""
-        prefix = f"{self.at.path}."
-        names = [p for p, r in self.theirs.values if r == "out" and p.startswith(prefix)]
-        named = [p for p in names if p.removeprefix(prefix).startswith((f"{role}_", f"{role}."))]
-        return named[-1] if named else ""
-
 
 def _rotate(
-    states: torch.Tensor, positions: torch.Tensor, head_size: int, dim: int, base: float, style: bool
+    states: torch.Tensor,
+    positions: torch.Tensor,
+    head_size: int,
+    dim: int,
+    base: float,
+    style: bool,
 ) -> torch.Tensor:
     """Apply vLLM's own rotary formula to [tokens, heads * head_size] with other settings."""
     frequencies = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))

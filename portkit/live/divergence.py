@@ -11,10 +11,12 @@ from torch import nn
 from portkit.live.diagnose import Diagnosis
 from portkit.live.engine import Engine, Prompt
 from portkit.live.locate import Place, method_place, place_of
-from portkit.live.trace import Captures, Divergence, Step, trace_original, trace_port, walk
+from portkit.live.trace import Captures, trace_original, trace_port
+from portkit.live.walk import Divergence, Step, walk
 
 ROLES = {
-    "in": "the input of {path}", "out": "the output of {path}",
+    "in": "the input of {path}",
+    "out": "the output of {path}",
     "q": "the queries that {path} gives to the attention (after rotary embedding)",
     "k": "the keys that {path} gives to the attention (after rotary embedding)",
     "v": "the values that {path} gives to the attention",
@@ -24,7 +26,11 @@ SHOWN = 12
 
 
 def first_divergence(
-    engine: Engine, original: nn.Module, prompts: Sequence[Prompt], which: int, max_tokens: int,
+    engine: Engine,
+    original: nn.Module,
+    prompts: Sequence[Prompt],
+    which: int,
+    max_tokens: int,
     ids: Sequence[int],
 ) -> dict[str, Any]:
     """Return where vLLM and Transformers first differ on one request, as plain values.
@@ -52,7 +58,8 @@ def first_divergence(
         "role": found.role,
         "kind": found.kind,
         "what": (
-            found.path if found.kind == "never called"
+            found.path
+            if found.kind == "never called"
             else ROLES.get(found.role, "{path}").format(path=found.path)
         ),
         "max_abs": found.max_abs,
@@ -70,7 +77,7 @@ def first_divergence(
 
 
 def _where(port: nn.Module, original: nn.Module, found: Divergence, diagnosis: Diagnosis) -> str:
-    """Return the line to look at: of the module's making, or of the call that hands it something."""
+    """Return the line to look at: where the module is made, or what it is handed in a call."""
     place: Place | None
     if diagnosis.call:
         place = place_of(port, f"{found.path}.{diagnosis.call}")
@@ -104,7 +111,16 @@ def _head(
     ours.extra["logits"] = logits
     if logits.shape != wanted.shape:
         return Divergence(
-            "lm_head", "out", "shape", float("inf"), float("inf"), 0, 0, (), (), tuple(logits.shape),
+            "lm_head",
+            "out",
+            "shape",
+            float("inf"),
+            float("inf"),
+            0,
+            0,
+            (),
+            (),
+            tuple(logits.shape),
             tuple(wanted.shape),
         )
     distance = (logits - wanted).abs()
@@ -114,9 +130,16 @@ def _head(
     position = int((distance.max(dim=1).values > tolerance * scale).nonzero()[0])
     column = int(distance[position].argmax())
     return Divergence(
-        "lm_head", "out", "logits", float(distance.max()), float(distance.max()) / scale, position,
-        position, tuple(float(v) for v in logits[position, column : column + 4]),
-        tuple(float(v) for v in wanted[position, column : column + 4]), tuple(logits.shape),
+        "lm_head",
+        "out",
+        "logits",
+        float(distance.max()),
+        float(distance.max()) / scale,
+        position,
+        position,
+        tuple(float(v) for v in logits[position, column : column + 4]),
+        tuple(float(v) for v in wanted[position, column : column + 4]),
+        tuple(logits.shape),
         tuple(wanted.shape),
     )
 

@@ -47,7 +47,10 @@ class Generated:
     logprobs: np.ndarray
     """float32 [len(tokens), vocab]: row i is the distribution that token i was taken from."""
     prompt_logprobs: np.ndarray
-    """float32 [n - 1, vocab]: row i is the distribution after prompt tokens 0..i; [0, vocab] if not asked for."""
+    """float32 [n - 1, vocab]: row i is the distribution after prompt tokens 0..i.
+
+    [0, vocab] if not asked for.
+    """
 
     @property
     def rows(self) -> np.ndarray:
@@ -91,15 +94,24 @@ class Engine:
         return self.llm.apply_model(function)
 
     def generate(
-        self, prompts: Sequence[Prompt], max_tokens: int = 1, *, prompt_logprobs: bool = False,
+        self,
+        prompts: Sequence[Prompt],
+        max_tokens: int = 1,
+        *,
+        prompt_logprobs: bool = False,
     ) -> list[Generated]:
         """Run prompts together, greedily, with the log-probabilities of the whole vocabulary.
 
         Ends only at max_tokens: an end-of-text token is a token like any other here.
         """
         sampling = SamplingParams(
-            max_tokens=max_tokens, temperature=0.0, logprobs=-1, ignore_eos=True, detokenize=False,
-            prompt_logprobs=-1 if prompt_logprobs else None, flat_logprobs=True,
+            max_tokens=max_tokens,
+            temperature=0.0,
+            logprobs=-1,
+            ignore_eos=True,
+            detokenize=False,
+            prompt_logprobs=-1 if prompt_logprobs else None,
+            flat_logprobs=True,
         )
         inputs = [
             {"prompt_embeds": p} if isinstance(p, torch.Tensor) else {"prompt_token_ids": list(p)}
@@ -116,7 +128,9 @@ class Engine:
             for output in outputs
         ]
 
-    def prompt_logprobs(self, prompts: Sequence[Sequence[int]], *, together: bool = False) -> list[np.ndarray]:
+    def prompt_logprobs(
+        self, prompts: Sequence[Sequence[int]], *, together: bool = False
+    ) -> list[np.ndarray]:
         """Return float32 [n, vocab] per prompt: the distribution after each of its n tokens.
 
         One prompt at a time, or all of them in one batch.
@@ -140,7 +154,7 @@ class Engine:
 
     @contextmanager
     def embedding_inputs(self, on: bool) -> Iterator[None]:
-        """Inside the block the runner gives the model inputs_embeds (or token ids) for any prompt."""
+        """Inside the block the runner gives the model inputs_embeds, or token ids, always."""
         runner = self.runner
         before = runner.enable_prompt_embeds
         runner.enable_prompt_embeds = on
@@ -174,8 +188,12 @@ class Engine:
 
 @contextmanager
 def start(
-    root: Path, *, loader: Literal["portkit", "port"], tensor_parallel_size: int = 1,
-    checkpoint: Path | None = None, **llm_options: Any,
+    root: Path,
+    *,
+    loader: Literal["portkit", "port"],
+    tensor_parallel_size: int = 1,
+    checkpoint: Path | None = None,
+    **llm_options: Any,
 ) -> Iterator[Engine]:
     """Start vLLM on the port and yield the engine; stop it afterwards.
 
@@ -193,15 +211,16 @@ def start(
     if port.architecture not in architectures:
         raise PortkitError(
             f"The checkpoint is of {', '.join(architectures)}, not of {port.architecture}.",
-            str(opened.root / "config.json"), "Use a checkpoint of the architecture being ported.",
+            str(opened.root / "config.json"),
+            "Use a checkpoint of the architecture being ported.",
         )
     ModelRegistry.register_model(port.architecture, cls)
     reach = longest(opened.config, profile)
     options = {
         **profile.options,
         "max_model_len": reach,
-        # Room for two of the longest prompts. Filling the cache's memory takes seconds on a CPU, and
-        # FlexAttention without a compiler (CUDA, float32, eager) computes over all blocks there are.
+        # Room for two of the longest prompts. Filling the cache's memory takes seconds on a CPU,
+        # and FlexAttention without a compiler (CUDA, float32, eager) computes over all blocks.
         "num_gpu_blocks_override": 2 * (reach // profile.options["block_size"]) + 32,
         "load_format": portkit_loader.LOAD_FORMAT if loader == "portkit" else "safetensors",
         "tensor_parallel_size": tensor_parallel_size,
@@ -234,7 +253,8 @@ def start(
         served = set(engine.on_model(_class_of))
         if served != {(cls.__module__, cls.__qualname__)}:
             raise PortkitError(
-                f"vLLM started {' and '.join('.'.join(s) for s in sorted(served))}, not the port's class.",
+                f"vLLM started {' and '.join('.'.join(s) for s in sorted(served))}, not the "
+                f"port's class.",
                 f"{cls.__module__}.{cls.__qualname__}",
                 'Its name must be the one in config.json\'s "architectures".',
             )

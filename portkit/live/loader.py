@@ -64,11 +64,12 @@ def read_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
     for shard in checkpoint.shards:
         try:
             with safe_open(shard, framework="pt") as file:
-                for name in file.keys():
+                for name in file.keys():  # noqa: SIM118  (no mapping, it cannot be iterated)
                     yield name, file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise PortkitError(
-                f"{shard.name} cannot be read: {error}.", str(shard),
+                f"{shard.name} cannot be read: {error}.",
+                str(shard),
                 "Download or save this shard again.",
             ) from error
 
@@ -147,9 +148,10 @@ def loadable(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _cache_scales(model: nn.Module) -> set[int]:
-    """Return the ids of KV-cache scales: on a quantised model vLLM has defaults where a checkpoint has none."""
+    """Return the ids of KV-cache scales: vLLM has defaults where a checkpoint has none."""
     return {
-        id(parameter) for module in model.modules()
+        id(parameter)
+        for module in model.modules()
         if isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod)
         for parameter in module.parameters(recurse=False)
     }
@@ -197,8 +199,13 @@ class PortkitLoader(BaseModelLoader):
             raise PortkitError(
                 f"{len(report.unwritten)} of the port's parameters are in no tensor of the "
                 f"checkpoint: {_some(report.unwritten)}"
-                + (f". Left over in the checkpoint: {_some(report.left_over)}." if report.left_over else "."),
-                next(iter(report.unwritten)), _advice(report),
+                + (
+                    f". Left over in the checkpoint: {_some(report.left_over)}."
+                    if report.left_over
+                    else "."
+                ),
+                next(iter(report.unwritten)),
+                _advice(report),
             )
 
 

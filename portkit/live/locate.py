@@ -61,7 +61,9 @@ def _in_class(cls: type, names: list[str]) -> Place | None:
     try:
         lines, start = inspect.getsourcelines(cls)
         file = Path(inspect.getsourcefile(cls) or "").name
-        tree = ast.parse(inspect.cleandoc("\n" + "".join(lines)) if lines[0][0] == " " else "".join(lines))
+        tree = ast.parse(
+            inspect.cleandoc("\n" + "".join(lines)) if lines[0][0] == " " else "".join(lines)
+        )
     except (OSError, TypeError, SyntaxError):
         return None
     made = called = 0
@@ -83,8 +85,11 @@ def _in_class(cls: type, names: list[str]) -> Place | None:
     short = " ".join(text.split())
     shift = start - 1
     return Place(
-        file, made and made + shift, called and called + shift,
-        short if len(short) <= WINDOW else short[: WINDOW - 2] + " …", call_text,
+        file,
+        made and made + shift,
+        called and called + shift,
+        short if len(short) <= WINDOW else short[: WINDOW - 2] + " …",
+        call_text,
     )
 
 

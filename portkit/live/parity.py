@@ -41,7 +41,9 @@ class Comparison:
         return asdict(self)
 
 
-def compare(name: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float, *, start: int = 0) -> Comparison:
+def compare(
+    name: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float, *, start: int = 0
+) -> Comparison:
     """Compare float32 [n, vocab] with [n, vocab]; `start` is the position of row 0.
 
     A NaN on our side counts as infinitely far; equal infinities (masked tokens) as equal.
@@ -70,7 +72,13 @@ def compare(name: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float, *
 
 
 def compare_decode(
-    name: str, ours: Generated, tokens: Sequence[int], rows: np.ndarray, tolerance: float, *, start: int,
+    name: str,
+    ours: Generated,
+    tokens: Sequence[int],
+    rows: np.ndarray,
+    tolerance: float,
+    *,
+    start: int,
 ) -> Comparison:
     """Compare generated tokens and their distributions with teacher-forced ones.
 

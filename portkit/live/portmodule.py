@@ -18,7 +18,8 @@ def import_port(port: Port) -> ModuleType:
     """
     if not port.modeling.exists():
         raise PortkitError(
-            "The port has no modeling file yet.", str(port.modeling.relative_to(port.root)),
+            "The port has no modeling file yet.",
+            str(port.modeling.relative_to(port.root)),
             "Do the step `copy` first.",
         )
     package = port.package  # read from port.toml each time; there are thousands of modules
@@ -38,11 +39,14 @@ def port_class(port: Port) -> type:
     cls = getattr(module, port.architecture, None)
     if not isinstance(cls, type):
         own = [
-            name for name, value in vars(module).items()
+            name
+            for name, value in vars(module).items()
             if isinstance(value, type) and value.__module__ == module.__name__
         ]
         raise PortkitError(
-            f"The port defines no class {port.architecture}.", port.modeling.name,
-            f"config.json asks for {port.architecture}; the file defines {', '.join(own) or 'none'}.",
+            f"The port defines no class {port.architecture}.",
+            port.modeling.name,
+            f"config.json asks for {port.architecture}; the file defines "
+            f"{', '.join(own) or 'none'}.",
         )
     return cls

@@ -90,4 +90,3 @@ CUDA = Profile(
         "gpu_memory_utilization": 0.2,
     },
 )
-

@@ -72,7 +72,7 @@ class Reference:
         return tuple(int(t) for t in found["tokens"]), found["rows"]
 
     def embeddings(self, ids: Sequence[int]) -> torch.Tensor:
-        """Return float32 [n, hidden]: what `inputs_embeds` should be for these tokens, on the CPU."""
+        """Return float32 [n, hidden]: the `inputs_embeds` of these tokens, on the CPU."""
 
         def compute() -> dict[str, np.ndarray]:
             with torch.inference_mode():
@@ -89,7 +89,10 @@ class Reference:
         return torch.tensor(list(ids), dtype=torch.int64, device=self.device)
 
     def _cached(
-        self, kind: str, ids: Sequence[int], compute: Callable[[], dict[str, np.ndarray]],
+        self,
+        kind: str,
+        ids: Sequence[int],
+        compute: Callable[[], dict[str, np.ndarray]],
     ) -> dict[str, np.ndarray]:
         digest = hashlib.sha256(f"{self.key} {kind} {list(ids)}".encode()).hexdigest()[:24]
         path = self.folder / f"reference-{digest}.npz"
@@ -112,8 +115,10 @@ def original_class(port: Port) -> type:
     cls = getattr(transformers, port.architecture, None)
     if not isinstance(cls, type):
         raise PortkitError(
-            f"Transformers {transformers.__version__} has no class {port.architecture} to compare with.",
-            str(port.root / "port.toml"), "Give the original modeling file: portkit new --source FILE.py.",
+            f"Transformers {transformers.__version__} has no class {port.architecture} to "
+            f"compare with.",
+            str(port.root / "port.toml"),
+            "Give the original modeling file: portkit new --source FILE.py.",
         )
     return cls
 
@@ -121,14 +126,19 @@ def original_class(port: Port) -> type:
 def load_model(cls: type, checkpoint: Checkpoint, device: str = "cpu") -> nn.Module:
     """Load a Transformers class on a checkpoint: float32, eager attention, eval mode."""
     model, info = cls.from_pretrained(
-        str(checkpoint.root), dtype=torch.float32, attn_implementation=ATTENTION,
-        local_files_only=True, output_loading_info=True,
+        str(checkpoint.root),
+        dtype=torch.float32,
+        attn_implementation=ATTENTION,
+        local_files_only=True,
+        output_loading_info=True,
     )
     missing = sorted(info.get("missing_keys", ()))
     if missing:
         raise PortkitError(
-            f"The checkpoint lacks {len(missing)} tensors that {cls.__name__} needs: {', '.join(missing[:4])}.",
-            str(checkpoint.root), "Use a whole checkpoint: the reference would be random there.",
+            f"The checkpoint lacks {len(missing)} tensors that {cls.__name__} needs: "
+            f"{', '.join(missing[:4])}.",
+            str(checkpoint.root),
+            "Use a whole checkpoint: the reference would be random there.",
         )
     return model.to(device).eval()
 

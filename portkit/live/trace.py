@@ -41,49 +41,18 @@ class Captures:
     """Positions, scales and the like, for the diagnosis."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """One pair of captures."""
-
-    path: str
-    role: str
-    shape: tuple[int, ...]
-    max_abs: float
-    relative: float
-    """max_abs over the largest |value| of the reference."""
-    ok: bool
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """Where the two sides part."""
-
-    path: str
-    """Module path in the original, e.g. "model.layers.0.self_attn"."""
-    role: str
-    kind: str
-    """"value", "shape", "never called" or "logits"."""
-    max_abs: float
-    relative: float
-    position: int
-    """The first token position beyond the tolerance."""
-    first_ok: int
-    """Positions from the start that agree."""
-    ours: tuple[float, ...]
-    """A few of vLLM's values at the worst place of that position."""
-    theirs: tuple[float, ...]
-    shape_ours: tuple[int, ...]
-    shape_theirs: tuple[int, ...]
-
-
-# ---- Transformers' side ---------------------------------------------------------------------------
+# ---- Transformers' side ------------------------------------------------------------------------
 
 
 def trace_original(model: nn.Module, ids: Sequence[int]) -> Captures:
     """Run the Transformers model once on `ids` and capture every module's output."""
     captures = Captures()
     paths = {id(module): path for path, module in model.named_modules()}
-    with _hooked(model, captures), _traced_attention(model, captures, paths), torch.inference_mode():
+    with (
+        _hooked(model, captures),
+        _traced_attention(model, captures, paths),
+        torch.inference_mode(),
+    ):
         tokens = torch.tensor([list(ids)], device=next(model.parameters()).device)
         captures.extra["logits"] = model(input_ids=tokens, use_cache=False).logits[0].float().cpu()
     return captures
@@ -113,18 +82,24 @@ def _hooked(model: nn.Module, captures: Captures) -> Iterator[None]:
 
 
 @contextmanager
-def _traced_attention(model: nn.Module, captures: Captures, paths: dict[int, str]) -> Iterator[None]:
+def _traced_attention(
+    model: nn.Module, captures: Captures, paths: dict[int, str]
+) -> Iterator[None]:
     """Have the model call an attention function that keeps q, k, v and the result.
 
     It hands on to the model file's own eager attention. Models without Transformers' attention
     interface ignore the setting; they are traced by their modules alone.
     """
-    def traced(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+
+    def traced(
+        module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **options: Any
+    ) -> Any:
         path = paths.get(id(module), "")
         for role, tensor in (("q", query), ("k", key), ("v", value)):
             captures.values[path, role] = _rows(tensor.transpose(1, 2), batched=True)
         captures.extra[f"{path} attention"] = {
-            name: option for name, option in options.items()
+            name: option
+            for name, option in options.items()
             if isinstance(option, int | float) or option is None
         } | {"heads": query.shape[1], "kv_heads": key.shape[1]}
         eager = sys.modules[type(module).__module__].eager_attention_forward
@@ -149,7 +124,7 @@ def _traced_attention(model: nn.Module, captures: Captures, paths: dict[int, str
             config._attn_implementation_internal = name
 
 
-# ---- vLLM's side ----------------------------------------------------------------------------------
+# ---- vLLM's side -------------------------------------------------------------------------------
 
 
 def trace_port(
@@ -194,7 +169,9 @@ class _Places:
         self.rotary: dict[str, list[torch.Tensor]] = {}
 
     def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        seen = list(dict.fromkeys(name for step in self.engine.schedule[self.begin :] for name in step))
+        seen = list(
+            dict.fromkeys(name for step in self.engine.schedule[self.begin :] for name in step)
+        )
         scheduled = self.engine.schedule[-1] if self.engine.schedule else {}
         self.calls.clear()
         self.rows = None
@@ -217,7 +194,7 @@ class _Places:
 
 
 def _every_path(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return each module once, with its first path; shared ones find their turn by counting calls."""
+    """Return each module once, with its first path."""
     return [(path, module) for path, module in model.named_modules() if path]
 
 
@@ -300,106 +277,10 @@ def _has_input(module: nn.Module) -> bool:
 def _input(args: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
     """Return what a module works on: for a fused add-norm that is its input plus the residual."""
     tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
-    if len(tensors) == 2 and tensors[0].shape == tensors[1].shape and tensors[0].is_floating_point():
+    if (
+        len(tensors) == 2
+        and tensors[0].shape == tensors[1].shape
+        and tensors[0].is_floating_point()
+    ):
         return tensors[0] + tensors[1]
     return tensors[0] if tensors else None
-
-
-# ---- side by side ---------------------------------------------------------------------------------
-
-
-def walk(
-    ours: Captures, theirs: Captures, port: nn.Module, tolerance: float
-) -> tuple[list[Step], Divergence | None]:
-    """Compare in the original's order of computing; stop at the first that differs.
-
-    `tolerance` is relative to the largest value of the reference there.
-    """
-    packed = getattr(port, "packed_modules_mapping", None) or {}
-    modules = dict(port.named_modules(remove_duplicate=False))
-    steps: list[Step] = []
-    for (path, role), reference in theirs.values.items():
-        found = paired(ours, theirs, packed, path, role)
-        if found is None:
-            unused = _unused_attention(path, role, modules, ours)
-            if unused:
-                return steps, Divergence(
-                    unused, role, "never called", float("inf"), float("inf"), 0, 0, (),
-                    _some(reference[0], 0), (), tuple(reference.shape),
-                )
-            if role == "out" and _was_skipped(path, modules, ours, reference):
-                return steps, Divergence(
-                    path, role, "never called", float("inf"), float("inf"), 0, 0, (),
-                    _some(reference[0], 0), (), tuple(reference.shape),
-                )
-            continue
-        rows = min(len(found), len(reference))
-        if "AndMul" in type(modules.get(path)).__name__ and role == "out":
-            continue  # A fused activation returns the product; the next linear's input shows it.
-        if found.shape[1] != reference.shape[1] or not rows:
-            return steps, Divergence(
-                path, role, "shape", float("inf"), float("inf"), 0, 0, _some(found[0], 0),
-                _some(reference[0], 0), tuple(found.shape), tuple(reference.shape),
-            )
-        distance = torch.nan_to_num((found[:rows] - reference[:rows]).abs(), nan=float("inf"))
-        scale = float(reference[:rows].abs().max()) or 1.0
-        worst = float(distance.max())
-        ok = worst <= tolerance * scale
-        steps.append(Step(path, role, tuple(reference.shape), worst, worst / scale, ok))
-        if not ok:
-            beyond = (distance.max(dim=1).values > tolerance * scale).nonzero()
-            position = int(beyond[0])
-            column = int(distance[position].argmax())
-            return steps, Divergence(
-                path, role, "value", worst, worst / scale, position, position,
-                _some(found[position], column), _some(reference[position], column),
-                tuple(found.shape), tuple(reference.shape),
-            )
-    return steps, None
-
-
-def paired(
-    ours: Captures, theirs: Captures, packed: dict[str, list[str]], path: str, role: str
-) -> torch.Tensor | None:
-    """Return our capture for the original's (path, role), cut out of a fused layer if need be."""
-    if (path, role) in ours.values:
-        return ours.values[path, role]
-    parent, _, name = path.rpartition(".")
-    for fused, members in packed.items():
-        if name not in members:
-            continue
-        whole = ours.values.get((f"{parent}.{fused}", role))
-        if whole is None or role == "in":
-            return whole
-        parts = [theirs.values.get((f"{parent}.{member}", "out")) for member in members]
-        if any(part is None for part in parts):
-            return None
-        widths = [part.shape[1] for part in parts if part is not None]
-        start = sum(widths[: members.index(name)])
-        return whole[:, start : start + widths[members.index(name)]]
-    return None
-
-
-def _was_skipped(path: str, modules: dict[str, nn.Module], ours: Captures, reference: torch.Tensor) -> bool:
-    """Whether the port has this module, with weights, but never called it."""
-    module = modules.get(path)
-    if module is None or any(True for _ in module.children()):
-        return False
-    own = dict(module.named_parameters(recurse=False))
-    # A parallel head is not called: the LogitsProcessor uses its weight.
-    head = path == "lm_head" or "Head" in type(module).__name__
-    return bool(own) and not head and (path, "out") not in ours.values
-
-
-def _unused_attention(path: str, role: str, modules: dict[str, nn.Module], ours: Captures) -> str:
-    """Return the path of an Attention layer in the block `path` that was never called, or ""."""
-    if role != "q" or (path, "q") in ours.values:
-        return ""
-    return next(
-        (p for p, m in modules.items() if isinstance(m, Attention) and p.rpartition(".")[0] == path), ""
-    )
-
-
-def _some(row: torch.Tensor, column: int, count: int = 4) -> tuple[float, ...]:
-    start = max(0, min(column, len(row) - count))
-    return tuple(float(v) for v in row[start : start + count])

@@ -38,21 +38,45 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     parameters = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in models]
     prompts = prompts_for(port, checkpoint, longest=LONGEST)
     rows: list[list[Any]] = [
-        ["names and shapes of the parameters", [len(parameters[1])], parameters[0] == parameters[1], 0.0, -1]
+        [
+            "names and shapes of the parameters",
+            [len(parameters[1])],
+            parameters[0] == parameters[1],
+            0.0,
+            -1,
+        ]
     ]
     say("comparing outputs")
     with torch.inference_mode():
         for ids in (*prompts.short, prompts.long):
             tokens = torch.tensor([ids])
-            rows.append(_row(f"logits of {len(ids)} tokens", *(m(tokens, use_cache=False).logits for m in models)))
-        rows.append(_row("logits with a cache, in two parts", *(_in_two(m, prompts.long) for m in models)))
+            rows.append(
+                _row(
+                    f"logits of {len(ids)} tokens",
+                    *(m(tokens, use_cache=False).logits for m in models),
+                )
+            )
+        rows.append(
+            _row("logits with a cache, in two parts", *(_in_two(m, prompts.long) for m in models))
+        )
         rows.append(_row("logits of a padded batch", *(_padded(m, prompts.ragged) for m in models)))
         first = torch.tensor([prompts.short[0]])
-        rows.append(_row(
-            f"generate, {GENERATED} tokens",
-            *(m.generate(first, attention_mask=torch.ones_like(first), max_new_tokens=GENERATED,
-                         min_new_tokens=GENERATED, do_sample=False, pad_token_id=0) for m in models),
-        ))
+        rows.append(
+            _row(
+                f"generate, {GENERATED} tokens",
+                *(
+                    m.generate(
+                        first,
+                        attention_mask=torch.ones_like(first),
+                        max_new_tokens=GENERATED,
+                        min_new_tokens=GENERATED,
+                        do_sample=False,
+                        pad_token_id=0,
+                    )
+                    for m in models
+                ),
+            )
+        )
     return {
         "copy": f"{copied_class.__module__}.{copied_class.__qualname__}",
         "original": f"{original.__module__}.{original.__qualname__}",
@@ -64,7 +88,9 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
 def _in_two(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
     half = len(ids) // 2
     first = model(torch.tensor([ids[:half]]), use_cache=True)
-    second = model(torch.tensor([ids[half:]]), past_key_values=first.past_key_values, use_cache=True)
+    second = model(
+        torch.tensor([ids[half:]]), past_key_values=first.past_key_values, use_cache=True
+    )
     return torch.cat([first.logits, second.logits], dim=1)
 
 
@@ -80,8 +106,14 @@ def _row(what: str, copied: torch.Tensor, original: torch.Tensor) -> list[Any]:
     if copied.shape != original.shape:
         return [what, list(original.shape), False, float("inf"), 0]
     # NaN equals NaN here: a bit-equal copy has it in the same places.
-    equal = torch.equal(copied.nan_to_num(), original.nan_to_num()) and torch.equal(copied.isnan(), original.isnan())
+    equal = torch.equal(copied.nan_to_num(), original.nan_to_num()) and torch.equal(
+        copied.isnan(), original.isnan()
+    )
     distance = (copied.float() - original.float()).abs().nan_to_num()
-    flat = distance.reshape(*distance.shape[:2], -1).amax(dim=(0, 2)) if distance.dim() > 1 else distance
+    flat = (
+        distance.reshape(*distance.shape[:2], -1).amax(dim=(0, 2))
+        if distance.dim() > 1
+        else distance
+    )
     position = int((flat > 0).nonzero()[0]) if bool((flat > 0).any()) else -1
     return [what, list(original.shape), equal, float(distance.max()), position]

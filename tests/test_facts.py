@@ -22,7 +22,7 @@ def facts(architecture: str, *edits: tuple[str, str]) -> ModelFacts:
 
 
 FAMILIES = {
-    # architecture: residual, rotary (layout, partial), norm formula, feed-forward, q/k/v bias, o bias
+    # residual, rotary (layout, partial), norm formula, feed-forward, q/k/v bias, o bias
     "HeliumForCausalLM": (
         "pre",
         ("neighbours", False),
@@ -106,7 +106,10 @@ def test_lines_point_into_the_source() -> None:
     assert "self.lm_head" in lines[found.head.line - 1]
     assert "def apply_rotary_pos_emb" in lines[found.rotary.line - 1]
     assert "class HeliumMLP" in lines[found.mlp[0].line - 1]
-    assert all(f".{name}" in lines[line - 1] or name in lines[line - 1] for name, line in found.config_fields)
+    assert all(
+        f".{name}" in lines[line - 1] or name in lines[line - 1]
+        for name, line in found.config_fields
+    )
 
 
 def test_what_attention_is_given() -> None:
@@ -128,7 +131,8 @@ def test_what_attention_is_given() -> None:
         # the same pairing, spelt in another way
         (
             (
-                "x1 = x[..., 0::2]\n    x2 = x[..., 1::2]\n    return torch.stack((-x2, x1), dim=-1).flatten(-2)",
+                "x1 = x[..., 0::2]\n    x2 = x[..., 1::2]\n"
+                "    return torch.stack((-x2, x1), dim=-1).flatten(-2)",
                 "first, second = x[..., 0::2], x[..., 1::2]\n"
                 "    return torch.stack([-second, first], dim=-1).flatten(-2)",
             ),
@@ -151,14 +155,20 @@ def test_rotary_is_computed_not_recognised(edit: tuple[str, str], layout: str) -
         assert unknown.line > 0
 
 
+WEIGHTED = "self.weight.to(torch.float32) * hidden_states"
+GATED = "self.act_fn(self.gate_proj(x)) * self.up_proj(x)"
+SQUARES = "variance = hidden_states.pow(2)"
+CENTRED = "variance = (hidden_states - hidden_states.mean(-1, keepdim=True)).pow(2)"
+
+
 @pytest.mark.parametrize(
     ("edit", "formula"),
     [
-        (("self.weight.to(torch.float32) * hidden_states", "hidden_states * self.weight.float()"), "rms_fp32_weight"),
+        ((WEIGHTED, "hidden_states * self.weight.float()"), "rms_fp32_weight"),
         (("variance + self.variance_epsilon)", "variance) + self.variance_epsilon"), "unknown"),
-        (("self.weight.to(torch.float32) * hid", "(1 + self.weight.to(torch.float32)) * hid"), "rms_one_plus_weight"),
+        ((WEIGHTED, f"(1 + {WEIGHTED.split()[0]}) * hidden_states"), "rms_one_plus_weight"),
         ((".pow(2).mean(-1, keepdim=True)", ".pow(2).mean(0, keepdim=True)"), "unknown"),
-        (("variance = hidden_states.pow(2)", "variance = (hidden_states - hidden_states.mean(-1, keepdim=True)).pow(2)"), "layernorm"),
+        ((SQUARES, CENTRED), "layernorm"),
     ],
 )  # fmt: skip
 def test_norm_formula_is_computed_not_recognised(edit: tuple[str, str], formula: str) -> None:
@@ -169,8 +179,8 @@ def test_norm_formula_is_computed_not_recognised(edit: tuple[str, str], formula:
 @pytest.mark.parametrize(
     ("edit", "kind"),
     [
-        (("self.act_fn(self.gate_proj(x)) * self.up_proj(x)", "self.up_proj(x) * self.act_fn(self.gate_proj(x))"), "gated"),
-        (("self.act_fn(self.gate_proj(x)) * self.up_proj(x)", "self.act_fn(self.gate_proj(x)) + self.up_proj(x)"), "unknown"),
+        ((GATED, "self.up_proj(x) * self.act_fn(self.gate_proj(x))"), "gated"),
+        ((GATED, "self.act_fn(self.gate_proj(x)) + self.up_proj(x)"), "unknown"),
     ],
 )  # fmt: skip
 def test_feed_forward_is_computed_not_recognised(edit: tuple[str, str], kind: str) -> None:
@@ -179,7 +189,10 @@ def test_feed_forward_is_computed_not_recognised(edit: tuple[str, str], kind: st
 
 
 def test_gate_and_up_are_told_by_what_they_do_not_by_name() -> None:
-    swapped = ("self.act_fn(self.gate_proj(x)) * self.up_proj(x)", "self.act_fn(self.up_proj(x)) * self.gate_proj(x)")
+    swapped = (
+        "self.act_fn(self.gate_proj(x)) * self.up_proj(x)",
+        "self.act_fn(self.up_proj(x)) * self.gate_proj(x)",
+    )
     (mlp,) = facts("HeliumForCausalLM", swapped).mlp
     assert (mlp.gate.attr, mlp.up.attr) == ("up_proj", "gate_proj")
 

@@ -92,7 +92,7 @@ class ModuleView:
     classes: dict[str, ClassView] = field(hash=False)
     functions: dict[str, ast.FunctionDef] = field(hash=False)
     imported: dict[str, str] = field(hash=False)
-    """Local name -> dotted origin, e.g. "RMSNorm" -> "vllm.model_executor.layers.layernorm.RMSNorm"."""
+    """Local name -> dotted origin, e.g. "get_rope" -> "vllm....rotary_embedding.get_rope"."""
 
     def origin(self, name: str) -> str:
         return self.imported.get(name, "")

@@ -20,7 +20,7 @@ rms_fp32_weight: the same, multiplied by the weight in float32 and cast back aft
 rms_one_plus_weight: Gemma's, multiplied by (1 + w) in float32.
 layernorm: a mean is subtracted."""
 
-# Terms are nested tuples: ("x",), ("w",), ("eps",), ("f32", t), ("in", t), ("mul", t, u), ("add", t, u) ...
+# Terms are nested tuples: ("x",), ("w",), ("eps",), ("f32", t), ("in", t), ("mul", t, u), ...
 X, W, B, EPS = ("x",), ("w",), ("b",), ("eps",)
 _PLAIN = ("mul", ("f32", X), ("rsqrt", ("add", ("mean", ("square", ("f32", X))), EPS)))
 
@@ -144,7 +144,7 @@ _FORMULAS: dict[Any, Formula] = {
 
 
 def is_norm(view: ClassView) -> bool:
-    """Does the class look like a normalisation: a weight or none, one input, a rsqrt or sqrt inside?"""
+    """Does the class look like a normalisation: one input, a mean and a root inside?"""
     forward = view.forward
     if forward is None or len(forward.args.args) != 2:
         return False

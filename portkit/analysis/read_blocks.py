@@ -46,7 +46,7 @@ def linears_of(view: ClassView) -> dict[str, Linear]:
 
 
 def is_attention(view: ClassView) -> bool:
-    """Has an attention call (Transformers' interface, vLLM's Attention, or a softmax of its own)."""
+    """Has an attention call (Transformers' interface, vLLM's Attention, or its own softmax)."""
     if view.forward is None or view.init is None or not linears_of(view):
         return False
     written = text(view.node)
@@ -58,7 +58,7 @@ def is_attention(view: ClassView) -> bool:
 
 
 def attention_call(view: ClassView) -> ast.Call | None:
-    """The call that attends: attention_interface(self, q, k, v, ...) or Attention(...)'s self.attn."""
+    """The call that attends: attention_interface(self, q, k, v, ...) or self.attn(q, k, v)."""
     if view.forward is None:
         return None
     for node in ast.walk(view.forward):
@@ -145,7 +145,7 @@ def read_attention(reader: Reader, view: ClassView) -> AttentionFacts:
 
 
 def _flows(view: ClassView, linears: set[str]) -> dict[str, frozenset[str]]:
-    """Local name in forward -> attributes of the linears whose outputs reach it (up to attention)."""
+    """Local name in forward -> attributes of the linears whose outputs reach it."""
     flows: dict[str, frozenset[str]] = {}
 
     def sources(node: ast.expr) -> frozenset[str]:
@@ -231,7 +231,7 @@ def _fused_heads(view: ClassView) -> tuple[str, str]:
 
 
 class _Mlp(Interpreter):
-    """Values are terms: ("x",), ("linear", attr, t), ("act", t), ("mul", t, u), ("part", t, i, n)."""
+    """Values are terms: ("x",), ("linear", attr, t), ("act", t), ("mul", t, u), ("part", t, i)."""
 
     def __init__(self, view: ClassView, linears: set[str]) -> None:
         self.view, self.linears = view, linears
@@ -256,15 +256,15 @@ class _Mlp(Interpreter):
             if made is not None and ("ACT2FN" in text(made.value) or "act" in attr):
                 return ("act", attr, inner)
         if isinstance(node.func, ast.Attribute) and node.func.attr == "chunk":
-            if argument(node, 0, "chunks") is not None and text(argument(node, 0, "chunks")) == "2":
-                if text(argument(node, 1, "dim")) == "-1":
-                    inner = self.value(node.func.value, values)
-                    return (("part", inner, 0), ("part", inner, 1))
+            shape = (text(argument(node, 0, "chunks")), text(argument(node, 1, "dim")))
+            if shape == ("2", "-1"):
+                inner = self.value(node.func.value, values)
+                return (("part", inner, 0), ("part", inner, 1))
         return super().call(node, values)
 
 
 def read_mlp(reader: Reader, view: ClassView) -> MlpFacts:
-    """Which of the three known shapes the class computes: gated, gated with one fused linear, plain."""
+    """Which known shape the class computes: gated, gated with one fused linear, or plain."""
     linears = linears_of(view)
     acts = [a for a in view.assigned if "ACT2FN" in text(a.value) or "act" in a.attr]
     activation = text(acts[0].value) if acts else ""

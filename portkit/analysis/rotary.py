@@ -21,7 +21,7 @@ HEAD = 8
 
 @dataclass(frozen=True)
 class Vector:
-    """The last dimension of a tensor, one term per element. A term is a sum: {(sign, atoms): ...}."""
+    """The last dimension of a tensor, one sum of (sign, atoms) per element."""
 
     terms: tuple[frozenset[tuple[int, tuple[str, ...]]], ...]
     pending: int = 0
@@ -43,7 +43,7 @@ class _Shape:
 
 
 class _Indices(Interpreter):
-    """Values are vectors of terms, numbers, or tuples of them; casts and outer axes mean nothing."""
+    """Values are vectors of terms, numbers, tuples of them; casts and outer axes mean nothing."""
 
     def __init__(self, module: ModuleView, view: ClassView | None = None) -> None:
         self.module = module

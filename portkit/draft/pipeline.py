@@ -1,4 +1,4 @@
-"""Draft a step of a port, and apply a draft. Every step's draft is `steps/<id>/draft.py: draft(port)`."""
+"""Draft a step of a port, and apply a draft: each step's is `steps/<id>/draft.py: draft(port)`."""
 
 from __future__ import annotations
 
@@ -41,13 +41,14 @@ def draft_step(port: Port, step_id: str) -> DraftOutcome:
         return DraftOutcome(
             step.id,
             "failed",
-            reason=f"The draft itself failed on this file ({type(error).__name__}: {error}; in {place}). "
+            reason="The draft itself failed on this file "
+            f"({type(error).__name__}: {error}; in {place}). "
             "Do the step by hand, and report the file: this is a fault of portkit.",
         )
 
 
 def apply_draft(port: Port, step_id: str) -> DraftOutcome:
-    """Draft one step and write it into the port (the old text is committed first; undo takes it back)."""
+    """Draft one step and write it into the port; the old text is committed first, for undo."""
     outcome = draft_step(port, step_id)
     if outcome.status == "success":
         port.apply(

@@ -14,7 +14,7 @@ _NOISE = ("logger.warning", "logger.warning_once", "logger.info", "warnings.warn
 
 
 def live_body(body: list[edit.Statement], live: set[str] | None = None) -> list[edit.Statement]:
-    """Keep the statements that the returns (and in-place changes) depend on. Straight-line, if, for."""
+    """Keep the statements that the returns and in-place changes depend on."""
     kept, _ = _live(body, set(live or ()))
     return kept
 
@@ -132,7 +132,7 @@ def dropout_attributes(cls: cst.ClassDef) -> set[str]:
 def prune_attributes(
     module: cst.Module, keep: frozenset[str] = frozenset({"config", "quant_config"})
 ) -> cst.Module:
-    """Drop `self.x = value` that nothing reads, until nothing changes; submodules with weights stay."""
+    """Drop `self.x = value` that nothing reads, until nothing changes; submodules stay."""
     for _ in range(50):
         classes = {i.name.value: i for i in module.body if isinstance(i, cst.ClassDef)}
         foreign = {

@@ -138,7 +138,8 @@ class Gemma2Attention(nn.Module):
             is_neox_style=True,
         )
         # The prefix names this layer's KV cache: it must be unique.
-        # PORT: causal only; the original attends both ways unless not getattr(config, 'use_bidirectional_attention', False).
+        # PORT: always causal here; in the original only if
+        # not getattr(config, 'use_bidirectional_attention', False)
         self.attn = Attention(
             self.num_heads,
             self.head_dim,

@@ -1,1 +1,1 @@
-"""One file per block of a model and step; each takes the file and its facts and rewrites one class."""
+"""One file per block of a model and step: each rewrites one class, from the facts."""

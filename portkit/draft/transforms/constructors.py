@@ -1,4 +1,4 @@
-"""Step parallel: constructors that take quant_config and prefix, and linears that take their part."""
+"""Step parallel: constructors that take quant_config and prefix, and linears to shard."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_parameter(function: cst.FunctionDef, parameter: str) -> cst.FunctionDef:
 
 
 def pass_argument(node: edit.Statement, call: cst.Call, argument: str) -> edit.Statement:
-    """Add a keyword argument before prefix= in one call of the statement; nothing if it is there."""
+    """Add a keyword argument before prefix= in one call of the statement, unless it is there."""
     name = argument.split("=")[0]
     if any(a.keyword is not None and a.keyword.value == name for a in call.args):
         return node
@@ -42,7 +42,7 @@ def pass_argument(node: edit.Statement, call: cst.Call, argument: str) -> edit.S
 def linear_statement(
     node: edit.Statement, kind: str, sizes: str = "", attr: str = ""
 ) -> edit.Statement:
-    """self.x = nn.Linear(a, b, bias=c) -> self.x = <kind>(a, b, bias=c, quant_config=..., prefix=...)."""
+    """nn.Linear(a, b, bias=c) -> kind(a, b, bias=c, quant_config=..., prefix=...)."""
     pair = edit.assigned_attribute(node)
     if pair is None or not isinstance(pair[1], cst.Call):
         raise Blocker(f"cannot follow `{edit.flat(node)}`.")

@@ -70,7 +70,8 @@ def port_attention(work: Work) -> None:
         first_line=view.forward.lineno,
     ).run(forward, hidden)
     signature = edit.function(
-        f"def forward(self, positions: torch.Tensor, {hidden}: torch.Tensor) -> torch.Tensor:\n    pass"
+        f"def forward(self, positions: torch.Tensor, {hidden}: torch.Tensor)"
+        " -> torch.Tensor:\n    pass"
     )
     cls = set_method(cls, edit.with_body(signature, flow.body))
     made: list[edit.Statement] = []
@@ -83,7 +84,7 @@ def port_attention(work: Work) -> None:
     cls = rewrite_init(cls, attention_signature(init), body, _layer_index(init, body))
     work.put(plain_module(cls))
     work.did.append(
-        f"{facts.cls}: masks, caches and [batch, seq] shapes go; vLLM's Attention keeps the KV cache."
+        f"{facts.cls}: masks, caches, [batch, seq] shapes go; vLLM's Attention keeps the cache."
     )
     if flow.rotary_used and rotary:
         style = (
@@ -227,9 +228,10 @@ def _attention(work: Work, view, keywords: dict[str, cst.BaseExpression]) -> edi
     if causal is not None and text(causal.value) != "True":
         condition = text(causal.value).replace("self.config", "config")
         made = edit.comment_before(
-            made, f"PORT: causal only; the original attends both ways unless {condition}."
+            made, "PORT: always causal here; in the original only if", condition
         )
         work.warnings.append(
-            f"{facts.cls} is causal only if {condition}; vLLM's Attention always is. Refuse other configs."
+            f"{facts.cls} is causal only if {condition}; vLLM's Attention always is. "
+            "Refuse other configs."
         )
     return made

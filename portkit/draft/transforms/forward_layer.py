@@ -34,7 +34,8 @@ def port_layer(work: Work) -> None:
     ]
     body = prune.live_body(body)
     signature = edit.function(
-        f"def forward(self, positions: torch.Tensor, {hidden}: torch.Tensor) -> torch.Tensor:\n    pass"
+        f"def forward(self, positions: torch.Tensor, {hidden}: torch.Tensor)"
+        " -> torch.Tensor:\n    pass"
     )
     new = edit.with_body(signature, body)
     check_no_leftovers(new, forward, facts.cls, work)
@@ -80,7 +81,7 @@ def _assigns_itself(node: edit.Statement) -> bool:
 
 
 def _call_attention(node: edit.Statement, attr: str, inside: str, work: Work) -> edit.Statement:
-    """self.self_attn(hidden_states=..., attention_mask=..., ...) -> self.self_attn(positions=..., ...)."""
+    """self.self_attn(x, attention_mask=..., ...) -> self.self_attn(positions=positions, ...)."""
 
     def change(here: cst.CSTNode) -> cst.CSTNode | None:
         if not edit.is_call(here, f"self.{attr}"):

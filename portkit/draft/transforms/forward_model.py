@@ -59,7 +59,8 @@ self.config = config
 def embed_method(value: str) -> cst.FunctionDef:
     return edit.blank_before(
         edit.function(
-            f"def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:\n    return {value}"
+            "def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:\n"
+            f"    return {value}"
         )
     )
 
@@ -82,13 +83,14 @@ def _check_masks(work: Work, forward: cst.FunctionDef) -> None:
     strange = sorted(names - set(_MASKS))
     if strange:
         raise Blocker(
-            f"{work.facts.model}.forward builds a mask by {strange[0]}: vLLM's Attention has no such mask.",
+            f"{work.facts.model}.forward builds a mask by {strange[0]}: "
+            "vLLM's Attention has no such mask.",
             work.line_of(strange[0] + "("),
         )
     attention = work.facts.attention
     if _MASKS[1] in names and "per_layer_sliding_window" not in edit.code(work.cls(attention.cls)):
         raise Blocker(
-            f"{work.facts.model} masks a sliding window that {attention.cls} does not pass to attention.",
+            f"{work.facts.model} masks a sliding window that {attention.cls} does not pass on.",
             work.line_of(_MASKS[1] + "("),
         )
 
@@ -177,7 +179,7 @@ def _plain_loop(node: edit.Statement) -> edit.Statement:
 
 
 def _plain_assign(node: edit.Statement) -> edit.Statement:
-    """inputs_embeds: torch.Tensor = ... -> inputs_embeds = ... (torch.compile dislikes neither; readers do)."""
+    """inputs_embeds: torch.Tensor = ... -> inputs_embeds = ..."""
 
     def change(here: cst.CSTNode) -> cst.CSTNode | None:
         if (
@@ -217,7 +219,7 @@ def _model_init_line(work: Work, node: edit.Statement) -> edit.Statement | None:
 
 
 def _layers(work: Work, node: edit.Statement, value: cst.BaseExpression) -> edit.Statement:
-    """nn.ModuleList([Layer(config, i) for i in range(n)]) -> make_layers(n, lambda prefix: ..., prefix)."""
+    """nn.ModuleList([Layer(config, i) for i in range(n)]) -> make_layers(n, lambda prefix: ...)."""
     comprehension = next(
         iter(edit.find(value, lambda n: isinstance(n, cst.ListComp | cst.GeneratorExp))), None
     )
@@ -286,7 +288,8 @@ def port_causal_lm(work: Work) -> None:
                 node,
                 lambda n: (
                     edit.expression(
-                        f'{facts.model}(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "{facts.model_attr}"))'
+                        f"{facts.model}(vllm_config=vllm_config, "
+                        f'prefix=maybe_prefix(prefix, "{facts.model_attr}"))'
                     )
                     if edit.is_call(n, facts.model)
                     else None
@@ -314,7 +317,7 @@ if config.tie_word_embeddings:
     cls = set_method(cls, edit.with_body(compute, logits))
     work.put(cls)
     work.did.append(
-        f"{facts.causal_lm}: forward returns hidden states, compute_logits applies {head.attr}; no loss."
+        f"{facts.causal_lm}: forward returns hidden states; compute_logits applies {head.attr}."
     )
 
 

@@ -34,7 +34,8 @@ def port_norms(work: Work) -> None:
         work.module = edit.replace(work.module, change)
         why = {
             "rms": "the same formula",
-            "rms_fp32_weight": "the same formula; in 16 bits vLLM rounds before the weight, Transformers after it",
+            "rms_fp32_weight": "the same formula; in 16 bits vLLM rounds before the weight, "
+            "Transformers after it",
             "rms_one_plus_weight": "it multiplies by 1 + weight",
         }[norm.formula]
         work.did.append(f"{norm.name} -> {new}: {why}.")

@@ -57,11 +57,13 @@ def port_mlp(work: Work, facts: MlpFacts) -> None:
     first = f"{x}, _ = self.{up}({x})" if facts.kind == "plain" else f"gate_up, _ = self.{up}({x})"
     inner = x if facts.kind == "plain" else "gate_up"
     new = edit.statements(
-        f"{first}\n{x} = self.{facts.act}({inner})\n{x}, _ = self.{facts.down.attr}({x})\nreturn {x}"
+        f"{first}\n{x} = self.{facts.act}({inner})\n"
+        f"{x}, _ = self.{facts.down.attr}({x})\nreturn {x}"
     )
     work.put(set_method(cls, edit.with_body(forward, new)))
     what = {
-        "gated": f"{facts.gate and facts.gate.attr} and {facts.up.attr} -> MergedColumnParallelLinear {FUSED}",
+        "gated": f"{facts.gate and facts.gate.attr} and {facts.up.attr} -> "
+        f"MergedColumnParallelLinear {FUSED}",
         "gated_fused": f"{facts.up.attr} -> MergedColumnParallelLinear",
         "plain": f"{facts.up.attr} -> ColumnParallelLinear",
     }[facts.kind]
@@ -69,7 +71,7 @@ def port_mlp(work: Work, facts: MlpFacts) -> None:
 
 
 def _merged(node: edit.Statement, facts: MlpFacts) -> edit.Statement:
-    """One linear for gate and up; the order in the list is the order that the activation expects."""
+    """One linear for gate and up, in the order that the activation expects."""
     if facts.gate.bias != facts.up.bias:
         raise Blocker(
             f"{facts.cls}: {facts.gate.attr} and {facts.up.attr} differ in their bias.", facts.line
@@ -118,7 +120,7 @@ def _activation(node: edit.Statement, facts: MlpFacts) -> edit.Statement:
 
 
 def _replicate(work: Work, cls: cst.ClassDef, facts: MlpFacts) -> None:
-    """A feed-forward of unknown shape keeps whole linears on every rank: right, only not sharded."""
+    """A feed-forward of unknown shape keeps whole linears on every rank: right, not sharded."""
     init = edit.method(cls, "__init__")
     linears = {
         a

@@ -14,8 +14,9 @@ from portkit.draft.blocker import Blocker
 from portkit.draft.finish import finish
 from portkit.draft.outcome import DraftOutcome
 from portkit.draft.transforms.parallel_attention import port_attention
+from portkit.draft.transforms.parallel_head import port_causal_lm
 from portkit.draft.transforms.parallel_mlp import port_mlp
-from portkit.draft.transforms.parallel_model import port_causal_lm, port_layer, port_model
+from portkit.draft.transforms.parallel_model import port_layer, port_model
 from portkit.draft.work import Work
 from portkit.port import Port
 

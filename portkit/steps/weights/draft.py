@@ -63,14 +63,14 @@ def draft_source(source: str, architecture: str) -> Work:
     )
     if facts.head is not None and facts.head.can_tie:
         work.did.append(
-            f"A tied {facts.head.attr} needs nothing: the loader skips a parameter that aliases another."
+            f"A tied {facts.head.attr} needs nothing: the loader skips aliased parameters."
         )
     work.module = cst.parse_module(finish(work))
     return work
 
 
 def stacked_mapping(work: Work) -> list[tuple[str, str, str | int]]:
-    """(name in the checkpoint, fused name, shard) for each part; empty if the checkpoint is fused itself."""
+    """(name in the checkpoint, fused name, shard) for each part; none if it is fused there too."""
     module = view_module(work.module.code)
     packed = _packed(module.classes[work.facts.causal_lm].node)
     made = {

@@ -1,0 +1,293 @@
+"""Follows the tensors in an attention's expressions: heads split off, normalised, attended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import libcst as cst
+
+from portkit.draft import edit
+from portkit.draft.blocker import Blocker
+from portkit.draft.transforms.attention_values import (
+    ELEMENTWISE,
+    ERASED,
+    IGNORED_KEYWORDS,
+    KNOWN_KEYWORDS,
+    Layout,
+    Value,
+)
+
+
+class AttentionExpressions:
+    """Expressions of one forward. `linears`, `norms`, `dropouts` are attributes of the class."""
+
+    def __init__(
+        self,
+        *,
+        cls: str,
+        linears: set[str],
+        norms: set[str],
+        dropouts: set[str],
+        rotary_functions: set[str],
+        head_dim: str,
+        source: str,
+        first_line: int,
+    ) -> None:
+        self.source = source.splitlines()
+        self.cls, self.linears, self.norms, self.dropouts = cls, linears, norms, dropouts
+        self.rotary_functions, self.head_dim, self.first_line = (
+            rotary_functions,
+            head_dim,
+            first_line,
+        )
+        self.keywords: dict[str, cst.BaseExpression] = {}
+        self.rotary_used = False
+        self.attended = False
+
+    def _attend(self, call: cst.Call, env: dict[str, Value]) -> Value:
+        plain = [a.value for a in call.args if a.keyword is None and not a.star]
+        if len(plain) < 4:
+            raise self._stop(
+                "the attention call does not pass self, query, key, value in order", call
+            )
+        tensors = [self._value(a, env) for a in plain[1:4]]
+        if any(t.kind != "tensor" or t.layout == "flat" for t in tensors):
+            raise self._stop(
+                "the attention call is given something other than query, key and value by heads",
+                call,
+            )
+        for argument in call.args:
+            if argument.keyword is None:
+                continue
+            name = argument.keyword.value
+            if name in KNOWN_KEYWORDS:
+                self.keywords[name] = argument.value
+            elif name not in IGNORED_KEYWORDS and edit.code(argument.value) != "None":
+                raise self._stop(
+                    f"passes {name}= to attention, which this draft does not know", call
+                )
+        self.attended = True
+        inputs = ", ".join(edit.code(t.node) for t in tensors)
+        return Value(
+            "several",
+            parts=(Value("tensor", edit.expression(f"self.attn({inputs})"), "seq_heads"), ERASED),
+        )
+
+    def _value(self, node: cst.BaseExpression, env: dict[str, Value]) -> Value:
+        if isinstance(node, cst.Name):
+            return env.get(node.value, Value("plain", node))
+        if isinstance(node, cst.Tuple | cst.List):
+            parts = tuple(self._value(e.value, env) for e in node.elements)
+            if any(p.kind == "tensor" for p in parts):
+                return Value("several", parts=parts)
+            if any(p.kind in ("shape", "erased") for p in parts):
+                return Value("shape", node)
+            return Value("plain", node)
+        if isinstance(node, cst.Call):
+            return self._call(node, env)
+        if isinstance(node, cst.Subscript):
+            return self._subscript(node, env)
+        if isinstance(node, cst.Attribute):
+            owner = self._value(node.value, env)
+            if owner.kind == "tensor":
+                return Value("shape" if node.attr.value in ("shape", "device") else "plain", node)
+            return owner if owner.kind == "erased" else Value("plain", node)
+        if isinstance(node, cst.BinaryOperation):
+            return self._binary(node, env)
+        if isinstance(node, cst.IfExp):
+            if self._erased_inside(node.test, env):
+                return ERASED
+            return Value("plain", node)
+        if self._erased_inside(node, env):
+            return ERASED
+        return Value("plain", node)
+
+    def _binary(self, node: cst.BinaryOperation, env: dict[str, Value]) -> Value:
+        left, right = self._value(node.left, env), self._value(node.right, env)
+        kinds = {left.kind, right.kind}
+        if kinds <= {"plain"}:
+            return Value("plain", node)
+        if kinds <= {"plain", "shape"}:
+            return Value("shape", node)
+        if kinds == {"tensor", "plain"}:
+            tensor = left if left.kind == "tensor" else right
+            return replace(tensor, node=node.with_changes(left=left.node, right=right.node))
+        raise self._stop(f"cannot follow `{edit.flat(node)}`", node)
+
+    def _subscript(self, node: cst.Subscript, env: dict[str, Value]) -> Value:
+        owner = self._value(node.value, env)
+        if owner.kind in ("erased", "shape"):
+            return owner
+        if owner.kind != "tensor":
+            return Value("plain", node)
+        parts = [s.slice for s in node.slice]
+        last = parts[-1]
+        only_last = (
+            len(parts) == 2 and edit.code(parts[0]).strip() == "..." and isinstance(last, cst.Slice)
+        )
+        if only_last and owner.layout == "flat":
+            return replace(owner, node=node.with_changes(value=owner.node))
+        if only_last and isinstance(owner.node, cst.Name) and last.step is None:
+            lower, upper = edit.flat(last.lower), edit.flat(last.upper)
+            if not lower and upper:
+                return Value(
+                    "part", base=owner.node.value, side="rotated", bound=upper, layout=owner.layout
+                )
+            if lower and not upper:
+                return Value(
+                    "part", base=owner.node.value, side="rest", bound=lower, layout=owner.layout
+                )
+        raise self._stop(f"cannot follow `{edit.flat(node)}`", node)
+
+    def _call(self, node: cst.Call, env: dict[str, Value]) -> Value:
+        name = edit.code(node.func)
+        plain = [a.value for a in node.args if a.keyword is None and not a.star]
+        if plain and edit.code(plain[0]) == "self" and len(plain) >= 4:
+            return self._attend(node, env)
+        if name in ("torch.cat", "torch.concat"):
+            return self._cat(node, plain, env)
+        if name in ("nn.functional.dropout", "F.dropout", "torch.nn.functional.dropout"):
+            return self._value(plain[0], env)
+        if name.startswith("self.") and "." not in name.removeprefix("self."):
+            return self._submodule(node, name.removeprefix("self."), plain, env)
+        if isinstance(node.func, cst.Attribute):
+            owner = self._value(node.func.value, env)
+            if owner.kind == "tensor":
+                return self._method(node, node.func.attr.value, owner, env)
+            if owner.kind in ("erased", "shape"):
+                return owner
+        if "ALL_ATTENTION_FUNCTIONS" in name or self._erased_inside(node, env):
+            return ERASED
+        if any(self._value(a.value, env).kind in ("tensor", "part") for a in node.args):
+            raise self._stop(f"cannot follow `{edit.flat(node)}`", node)
+        return Value("plain", node)
+
+    def _submodule(self, node, attr, plain, env) -> Value:
+        if len(plain) != 1 or len(node.args) != 1:
+            raise self._stop(f"cannot follow `{edit.flat(node)}`", node)
+        inner = self._value(plain[0], env)
+        if inner.kind != "tensor":
+            raise self._stop(f"cannot follow `{edit.flat(node)}`", node)
+        if attr in self.dropouts:
+            return inner
+        if attr in self.linears:
+            if inner.layout != "flat":
+                raise self._stop(f"self.{attr} is applied to separate heads", node)
+            return Value("tensor", edit.expression(f"self.{attr}({edit.code(inner.node)})"))
+        if attr in self.norms:
+            if inner.layout == "flat":
+                return Value("tensor", edit.expression(f"self.{attr}({edit.code(inner.node)})"))
+            split = f"{edit.code(inner.node)}.unflatten(-1, (-1, {self.head_dim}))"
+            return Value(
+                "tensor", edit.expression(f"self.{attr}({split}).flatten(-2)"), inner.layout
+            )
+        raise self._stop(f"does not know what self.{attr} does to queries and keys", node)
+
+    def _method(self, node: cst.Call, method: str, owner: Value, env: dict[str, Value]) -> Value:
+        if method in ("size", "dim"):
+            return Value("shape", node)
+        if method == "contiguous":
+            return owner
+        if (
+            method == "transpose"
+            and owner.layout != "flat"
+            and edit.flat(node).endswith("transpose(1, 2)")
+        ):
+            turned: Layout = "seq_heads" if owner.layout == "heads_seq" else "heads_seq"
+            return replace(owner, layout=turned)
+        if method in ("view", "reshape"):
+            return replace(owner, layout=self._viewed(node, owner, env))
+        if method in ("split", "chunk") and owner.layout == "flat":
+            dimension = edit.call_argument(node, 1, "dim")
+            if dimension is not None and edit.code(dimension) in ("-1", "2"):
+                func = cst.Attribute(owner.node, cst.Name(method))
+                first = node.args[0].with_changes(comma=cst.MaybeSentinel.DEFAULT)
+                count = (
+                    len(node.args[0].value.elements)
+                    if isinstance(node.args[0].value, cst.List | cst.Tuple)
+                    else 3
+                )
+                new = cst.Call(func, [first, cst.Arg(edit.expression("-1"), cst.Name("dim"))])
+                return Value(
+                    "several", edit.expression(edit.flat(new)), parts=(Value("tensor"),) * count
+                )
+        if method in ELEMENTWISE:
+            func = node.func.with_changes(value=owner.node)
+            return replace(owner, node=node.with_changes(func=func))
+        raise self._stop(f"cannot follow `.{method}(...)` in `{edit.flat(node)}`", node)
+
+    def _viewed(self, node: cst.Call, owner: Value, env: dict[str, Value]) -> Layout:
+        """How many axes the new shape has after batch and sequence: one (flat) or two (heads)."""
+        if len(node.args) == 1 and not node.args[0].star:
+            shape = node.args[0].value
+            if isinstance(shape, cst.Name):
+                known = env.get(shape.value)
+                shape = known.node if known is not None and known.node is not None else shape
+            elements = shape.elements if isinstance(shape, cst.Tuple | cst.List) else None
+            items = (
+                [(e.value, isinstance(e, cst.StarredElement)) for e in elements]
+                if elements is not None
+                else None
+            )
+        else:
+            items = [(a.value, bool(a.star)) for a in node.args]
+        if items is None:
+            raise self._stop(f"does not know the shape in `{edit.flat(node)}`", node)
+        starred = [v for v, star in items if star]
+        rest = len(items) - (len(starred) if starred else 2)
+        if not items or self._value(items[0][0], env).kind != "shape":
+            raise self._stop(f"does not know the shape in `{edit.flat(node)}`", node)
+        if owner.layout == "heads_seq":
+            raise self._stop(
+                f"views heads that are still in front of the sequence in `{edit.flat(node)}`", node
+            )
+        if rest == 1:
+            return "flat"
+        if rest == 2:
+            return "seq_heads"
+        raise self._stop(f"does not know the shape in `{edit.flat(node)}`", node)
+
+    def _cat(self, node: cst.Call, plain, env) -> Value:
+        parts = (
+            [self._value(e.value, env) for e in plain[0].elements]
+            if plain and isinstance(plain[0], cst.Tuple | cst.List)
+            else []
+        )
+        if len(parts) == 2 and all(p.kind == "part" for p in parts):
+            turned, rest = parts
+            if (
+                (
+                    turned.turned
+                    and turned.side == "rotated"
+                    and rest.side == "rest"
+                    and not rest.turned
+                )
+                and turned.base == rest.base
+                and turned.bound == rest.bound
+            ):
+                return Value("tensor", cst.Name(turned.base), turned.layout)
+        if parts and all(p.kind in ("erased", "shape") for p in parts):
+            return ERASED
+        raise self._stop(f"cannot follow `{edit.flat(node)}`", node)
+
+    # ---- helpers ----------------------------------------------------------------------------
+
+    def _erased_inside(self, node: cst.CSTNode, env: dict[str, Value]) -> bool:
+        return any(env.get(name, Value("plain")).kind == "erased" for name in edit.names_read(node))
+
+    def _bound(self, node: cst.If) -> set[str]:
+        return {
+            edit.code(t.target) for t in edit.find(node, lambda n: isinstance(n, cst.AssignTarget))
+        }
+
+    def _line(self, old: Sequence | edit.Statement, text: str) -> edit.Statement:
+        return edit.statement(text).with_changes(leading_lines=old.leading_lines)  # type: ignore[union-attr]
+
+    def _stop(self, what: str, node: cst.CSTNode) -> Blocker:
+        """A blocker at the line of this forward that holds the node's text."""
+        wanted = edit.code(node).strip().splitlines()[0]
+        for number in range(self.first_line, len(self.source) + 1):
+            if wanted in self.source[number - 1]:
+                return Blocker(f"{self.cls}.forward {what}.", number)
+        return Blocker(f"{self.cls}.forward {what}.", self.first_line)

@@ -1,0 +1,58 @@
+"""What the names in an attention's forward stand for, while it is rewritten (attention_flow.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import libcst as cst
+
+from portkit.draft import edit
+
+Layout = Literal["flat", "seq_heads", "heads_seq"]
+"""Of the original value: [B, S, features], [B, S, heads, dim] or [B, heads, S, dim]."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a name or expression of the original forward stands for."""
+
+    kind: Literal["tensor", "erased", "plain", "shape", "several", "part"]
+    node: cst.BaseExpression | None = None
+    """The expression in the new code, always [num_tokens, features] for a tensor."""
+    layout: Layout = "flat"
+    parts: tuple[Value, ...] = ()
+    base: str = ""
+    """For a part of the head (partial rotary): the name of the whole."""
+    side: Literal["", "rotated", "rest"] = ""
+    bound: str = ""
+    turned: bool = False
+
+
+ERASED = Value("erased")
+
+
+@dataclass(frozen=True)
+class FlowResult:
+    """The new body of forward and what the attention call was given."""
+
+    body: list[edit.Statement]
+    keywords: dict[str, cst.BaseExpression]
+    """Keyword arguments of the original attention call that vLLM's Attention takes in __init__."""
+    rotary_used: bool
+
+
+ELEMENTWISE = ("clamp", "clamp_", "to", "float", "type_as", "mul", "div", "tanh")
+KNOWN_KEYWORDS = ("scaling", "sliding_window", "softcap")
+IGNORED_KEYWORDS = (
+    "dropout",
+    "position_ids",
+    "attention_mask",
+    "is_causal",
+    "output_attentions",
+    "use_cache",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+)

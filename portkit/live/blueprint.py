@@ -93,10 +93,14 @@ class Workbench:
         lines: dict[int, int] = {}
         dtype = config.model_config.dtype
         with (
-            _as_rank(ranks, rank), set_default_torch_dtype(dtype), EmptyOnMeta(),
+            _as_rank(ranks, rank),
+            set_default_torch_dtype(dtype),
+            EmptyOnMeta(),
             _recorded_lines(str(self.port.modeling), lines),
         ):
-            model = initialize_model(config, model_class=self.port_class, model_config=config.model_config)
+            model = initialize_model(
+                config, model_class=self.port_class, model_config=config.model_config
+            )
         # ids are compared later: the modules must live as long as the workbench.
         self._built.append(model)
         return Blueprint(model, ranks, rank, recorder.asked, lines)
@@ -112,17 +116,16 @@ def workbench(port: Port, checkpoint: Checkpoint) -> Iterator[Workbench]:
     ModelRegistry.register_model(port.architecture, cls)
     _register_config(checkpoint, port)
     config = engine_config(checkpoint)
-    with set_current_vllm_config(config):
-        with tempfile.TemporaryDirectory() as folder:
-            parallel_state.init_distributed_environment(
-                1, 0, f"file://{folder}/rendezvous", 0, "gloo"
-            )
-            parallel_state.initialize_model_parallel(1)
-            try:
-                yield Workbench(port, checkpoint, cls, config)
-            finally:
-                parallel_state.destroy_model_parallel()
-                parallel_state.destroy_distributed_environment()
+    with set_current_vllm_config(config), tempfile.TemporaryDirectory() as folder:
+        parallel_state.init_distributed_environment(
+            1, 0, f"file://{folder}/rendezvous", 0, "gloo"
+        )
+        parallel_state.initialize_model_parallel(1)
+        try:
+            yield Workbench(port, checkpoint, cls, config)
+        finally:
+            parallel_state.destroy_model_parallel()
+            parallel_state.destroy_distributed_environment()
 
 
 def engine_config(checkpoint: Checkpoint, **options: Any) -> VllmConfig:
@@ -130,8 +133,10 @@ def engine_config(checkpoint: Checkpoint, **options: Any) -> VllmConfig:
     profile = Profile.for_device(find_device()[0])
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     arguments = {
-        **profile.options, "max_model_len": longest(checkpoint.config, profile),
-        "enable_prompt_embeds": False, **options,
+        **profile.options,
+        "max_model_len": longest(checkpoint.config, profile),
+        "enable_prompt_embeds": False,
+        **options,
     }
     return EngineArgs(model=str(checkpoint.root), **arguments).create_engine_config()
 
@@ -139,7 +144,9 @@ def engine_config(checkpoint: Checkpoint, **options: Any) -> VllmConfig:
 class EmptyOnMeta(TorchFunctionMode):
     """`torch.empty` gives tensors without storage; that is how layers make room for weights."""
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         if function is torch.empty and "out" not in kwargs:
             kwargs["device"] = "meta"

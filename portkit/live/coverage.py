@@ -23,9 +23,18 @@ from portkit.live.checkpoint import TensorInfo
 from portkit.live.loader import DERIVED, loadable
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 
 
@@ -47,7 +56,11 @@ class Write:
     @property
     def span(self) -> int:
         """Elements from the first to the last, those between included."""
-        return 1 + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True)) if self.count else 0
+        return (
+            1 + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
+            if self.count
+            else 0
+        )
 
     @property
     def block(self) -> bool:
@@ -75,7 +88,9 @@ class Filled:
 
     @property
     def full(self) -> bool:
-        return self.written == self.elements and (self.constant < self.elements or not self.elements)
+        return self.written == self.elements and (
+            self.constant < self.elements or not self.elements
+        )
 
 
 @dataclass
@@ -112,8 +127,13 @@ class Coverage:
     def to_dict(self) -> dict[str, Any]:
         return {
             "parameters": {n: {**asdict(f), "full": f.full} for n, f in self.parameters.items()},
-            "tensors": self.tensors, "sizes": self.sizes, "returned": self.returned, "error": self.error,
-            "unwritten": list(self.unwritten), "unconsumed": self.unconsumed, "twice": list(self.twice),
+            "tensors": self.tensors,
+            "sizes": self.sizes,
+            "returned": self.returned,
+            "error": self.error,
+            "unwritten": list(self.unwritten),
+            "unconsumed": self.unconsumed,
+            "twice": list(self.twice),
             "cut": self.cut,
         }
 
@@ -136,12 +156,16 @@ class Tracer(TorchDispatchMode):
         self.sizes: dict[str, int] = {}
         self.bytes: dict[str, int] = {}
         self.alive: dict[str, StorageWeakRef] = {}
+        self.last: tuple[str, tuple[int, ...]] | None = None
+        """Name and shape of the tensor that was asked for last."""
         self.held_peak = 0
         """The most bytes of checkpoint tensors that were alive at once."""
         self.held_then: list[str] = []
         """Their names at that moment."""
 
-    def watch(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def watch(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Pass a stream of checkpoint tensors on, knowing each by its name from here on."""
         for name, tensor in weights:
             self.sources[_key(tensor)] = frozenset({name})
@@ -152,16 +176,17 @@ class Tracer(TorchDispatchMode):
             held = sum(self.bytes[n] for n in self.alive)
             if held > self.held_peak:
                 self.held_peak, self.held_then = held, list(self.alive)
+            self.last = name, tuple(tensor.shape)
             yield name, tensor
             del tensor
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         mutated = _mutated(function, args, kwargs)
-        skip = (
-            function is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta
-        )
+        skip = function is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta
         out = args[0] if skip else function(*args, **kwargs)
         changed = {id(t) for t in mutated}
         sources = frozenset().union(
@@ -183,7 +208,9 @@ class Tracer(TorchDispatchMode):
 
     def _note(self, name: str, tensor: torch.Tensor, sources: frozenset[str]) -> None:
         offset = tensor.storage_offset() - self.targets[name].storage_offset()
-        self.writes[name].append(Write(tuple(tensor.shape), tuple(tensor.stride()), offset, sources))
+        self.writes[name].append(
+            Write(tuple(tensor.shape), tuple(tensor.stride()), offset, sources)
+        )
 
     def coverage(self, returned: Any) -> Coverage:
         """Return what was done, once the load is over."""
@@ -196,7 +223,10 @@ class Tracer(TorchDispatchMode):
             if _key(tensor) != self.before[name]:
                 # `param.data = ...` puts another storage there without an operation.
                 whole = Write(
-                    tuple(tensor.shape), tuple(tensor.stride()), 0, self.sources.get(_key(tensor), frozenset())
+                    tuple(tensor.shape),
+                    tuple(tensor.stride()),
+                    0,
+                    self.sources.get(_key(tensor), frozenset()),
                 )
                 writes = [whole]
             parameters[name] = _filled(tensor, writes, reached)
@@ -233,7 +263,9 @@ def _may_overlap(one: Write, other: Write) -> bool:
     return one.offset < other.offset + other.span and other.offset < one.offset + one.span
 
 
-def _by_intervals(whole: Write, writes: list[Write], constants: list[Write]) -> tuple[int, int, int]:
+def _by_intervals(
+    whole: Write, writes: list[Write], constants: list[Write]
+) -> tuple[int, int, int]:
     """Return elements written, written more than once, and only by constants, for contiguous writes."""
     events: list[tuple[int, int, int]] = []
     for group, members in enumerate((writes, constants)):
@@ -269,7 +301,10 @@ def _by_counting(whole: Write, writes: list[Write], constants: list[Write]) -> t
 def from_headers(tensors: Iterable[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield tensors of the right shapes and dtypes without any value."""
     for info in tensors:
-        yield info.name, torch.empty(info.shape, dtype=DTYPES.get(info.dtype, torch.float32), device="meta")
+        yield (
+            info.name,
+            torch.empty(info.shape, dtype=DTYPES.get(info.dtype, torch.float32), device="meta"),
+        )
 
 
 def _key(tensor: torch.Tensor) -> int:

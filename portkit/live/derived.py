@@ -70,7 +70,9 @@ def write_variant(checkpoint: Checkpoint, head: Head, tied: bool, target: Path) 
         if shard.name not in changed:
             (target / shard.name).symlink_to(shard.resolve())
     rewritten = {
-        name: tensor.contiguous() for name, tensor in read_tensors(_only(checkpoint, changed)) if name in wanted
+        name: tensor.contiguous()
+        for name, tensor in read_tensors(_only(checkpoint, changed))
+        if name in wanted
     }
     if not tied and head.weight not in stored:
         embedding = next(t for name, t in read_tensors(checkpoint) if name == head.embedding)

@@ -93,7 +93,9 @@ def _where(port: nn.Module, original: nn.Module, found: Divergence, diagnosis: D
 
 
 def _holds_modules(model: nn.Module, path: str) -> bool:
-    return any(True for _ in model.get_submodule(path).children())
+    module = dict(model.named_modules(remove_duplicate=False)).get(path)
+    # A part of a fused layer has no module of its own.
+    return module is not None and any(True for _ in module.children())
 
 
 def _head(

@@ -67,28 +67,42 @@ def class_problems(layout: dict[str, Any], facts: ModelFacts) -> list[Problem]:
         if row["kind"] == "nn.Embedding":
             if shape[0] < layout["vocab_size"]:
                 continue  # Learned positions and the like: small, and every rank needs all of it.
-            problems.append(Problem(
-                path, row["line"],
-                f"{path} is an {row['class']} of {shape[0]} rows{times}: every rank would hold the whole vocabulary",
-                "VocabParallelEmbedding(vocab_size, hidden_size, quant_config=quant_config, prefix=...) "
-                "belongs there.",
-            ))
+            problems.append(
+                Problem(
+                    path,
+                    row["line"],
+                    f"{path} is an nn.Embedding of {shape[0]} rows{times}: every rank would hold "
+                    f"the whole vocabulary",
+                    "VocabParallelEmbedding(vocab_size, hidden_size, quant_config=quant_config, "
+                    "prefix=...) "
+                    "belongs there.",
+                )
+            )
         elif row["kind"] == "nn.Linear":
             belongs, why = class_for(path.rpartition(".")[2], shape, layout, facts)
-            problems.append(Problem(
-                path, row["line"],
-                f"{path} is an nn.Linear{times}: every rank would hold and compute all of it, and "
-                "no quantisation could reach it",
-                f"{belongs} belongs there: {why}.",
-            ))
+            problems.append(
+                Problem(
+                    path,
+                    row["line"],
+                    f"{path} is an nn.Linear{times}: every rank would hold and compute all of "
+                    f"it, and "
+                    "no quantisation could reach it",
+                    f"{belongs} belongs there: {why}.",
+                )
+            )
         elif row["class"] == "ReplicatedLinear" and min(shape) >= layout["hidden_size"]:
             belongs, why = class_for(path.rpartition(".")[2], shape, layout, facts)
-            problems.append(Problem(
-                path, row["line"],
-                f"{path} is a ReplicatedLinear of {shape[0]}x{shape[1]}{times}: every rank holds and "
-                "computes all of it",
-                f"{belongs} belongs there: {why}. ReplicatedLinear is for small products such as routers.",
-            ))
+            problems.append(
+                Problem(
+                    path,
+                    row["line"],
+                    f"{path} is a ReplicatedLinear of {shape[0]}x{shape[1]}{times}: every rank "
+                    f"holds and "
+                    "computes all of it",
+                    f"{belongs} belongs there: {why}. ReplicatedLinear is for small products "
+                    f"such as routers.",
+                )
+            )
     return problems
 
 
@@ -97,17 +111,31 @@ def class_for(
 ) -> tuple[str, str]:
     """Return the class that belongs where a linear stands, and why: by its role, else its shape."""
     attention, head = facts.attention, facts.head
-    if attention and attr in {x.attr for x in (attention.q, attention.k, attention.v, attention.qkv) if x}:
-        return "QKVParallelLinear", "q, k and v become one `qkv_proj` that gives each rank its heads"
+    if attention and attr in {
+        x.attr for x in (attention.q, attention.k, attention.v, attention.qkv) if x
+    }:
+        return (
+            "QKVParallelLinear",
+            "q, k and v become one `qkv_proj` that gives each rank its heads",
+        )
     if attention and attention.o and attr == attention.o.attr:
-        return "RowParallelLinear", "its input is this rank's heads, its partial sums are all-reduced"
-    if head and attr == head.attr or shape[0] >= layout["vocab_size"]:
-        return "ParallelLMHead", "with LogitsProcessor in compute_logits, each rank has its rows of the vocabulary"
+        return (
+            "RowParallelLinear",
+            "its input is this rank's heads, its partial sums are all-reduced",
+        )
+    if (head and attr == head.attr) or shape[0] >= layout["vocab_size"]:
+        return (
+            "ParallelLMHead",
+            "with LogitsProcessor in compute_logits, each rank has its rows of the vocabulary",
+        )
     for mlp in facts.mlp:
         if mlp.down and attr == mlp.down.attr:
             return "RowParallelLinear", "its input is this rank's part of the MLP's width"
         if mlp.gate and attr in {x.attr for x in (mlp.gate, mlp.up) if x}:
-            return "MergedColumnParallelLinear", "gate and up become one `gate_up_proj`, followed by SiluAndMul"
+            return (
+                "MergedColumnParallelLinear",
+                "gate and up become one `gate_up_proj`, followed by SiluAndMul",
+            )
         if mlp.up and attr == mlp.up.attr:
             return "ColumnParallelLinear", "each rank computes its part of the MLP's width"
     if min(shape) < layout["hidden_size"]:
@@ -131,24 +159,40 @@ def prefix_problems(layout: dict[str, Any], tensors: Collection[str]) -> list[Pr
     for row in rows:
         path = row["path"]
         if row["prefix"] != path and row["kind"] != "head":
-            problems.setdefault((pattern(path), "prefix"), Problem(
-                path, row["line"],
-                f"{path} was given the prefix {row['prefix']!r}" if row["prefix"] else f"{path} was given no prefix",
-                f'Pass prefix=f"{{prefix}}.{path.rpartition(".")[2]}" where it is made: a quantised '
-                "checkpoint names layers by their path.",
-            ))
+            problems.setdefault(
+                (pattern(path), "prefix"),
+                Problem(
+                    path,
+                    row["line"],
+                    f"{path} was given the prefix {row['prefix']!r}"
+                    if row["prefix"]
+                    else f"{path} was given no prefix",
+                    f'Pass prefix=f"{{prefix}}.{path.rpartition(".")[2]}" where it is made: a '
+                    f"quantised "
+                    "checkpoint names layers by their path.",
+                ),
+            )
         elif row["kind"] == "head" and row["prefix"] != path and not _is_tied(path, layout):
-            problems.setdefault((path, "prefix"), Problem(
-                path, row["line"], f"{path} was given the prefix {row['prefix']!r}",
-                f'Pass prefix=maybe_prefix(prefix, "{path}").',
-            ))
+            problems.setdefault(
+                (path, "prefix"),
+                Problem(
+                    path,
+                    row["line"],
+                    f"{path} was given the prefix {row['prefix']!r}",
+                    f'Pass prefix=maybe_prefix(prefix, "{path}").',
+                ),
+            )
         if row["quant"] is None and row["kind"] != "attention" and not _is_tied(path, layout):
-            problems.setdefault((pattern(path), "quant"), Problem(
-                path, row["line"],
-                f"{path} was given no quant_config: it would silently stay unquantised",
-                "Pass quant_config=quant_config where it is made, and hand it down from "
-                "vllm_config.quant_config.",
-            ))
+            problems.setdefault(
+                (pattern(path), "quant"),
+                Problem(
+                    path,
+                    row["line"],
+                    f"{path} was given no quant_config: it would silently stay unquantised",
+                    "Pass quant_config=quant_config where it is made, and hand it down from "
+                    "vllm_config.quant_config.",
+                ),
+            )
     return [*problems.values(), *_packed_problems(layout, rows, tensors)]
 
 
@@ -163,18 +207,29 @@ def _packed_problems(
             continue
         members = layout["packed"].get(attr)
         if not members:
-            problems.setdefault(attr, Problem(
-                row["path"], row["line"],
-                f"{attr} fuses layers of the checkpoint, but packed_modules_mapping does not name it",
-                f'Add "{attr}": [...] with the checkpoint\'s names, in their order, to packed_modules_mapping of '
-                "the ForCausalLM class: ignore lists and LoRA adapters speak of the parts.",
-            ))
+            problems.setdefault(
+                attr,
+                Problem(
+                    row["path"],
+                    row["line"],
+                    f"{attr} fuses layers of the checkpoint, but packed_modules_mapping does not "
+                    f"name it",
+                    f'Add "{attr}": [...] with the checkpoint\'s names, in their order, to '
+                    f"packed_modules_mapping of "
+                    "the ForCausalLM class: ignore lists and LoRA adapters speak of the parts.",
+                ),
+            )
         elif strangers := [m for m in members if m not in parts]:
-            problems.setdefault(attr, Problem(
-                row["path"], row["line"],
-                f"packed_modules_mapping says that {attr} holds {', '.join(strangers)}, which is in no tensor's name",
-                "Use the names of the checkpoint's tensors.",
-            ))
+            problems.setdefault(
+                attr,
+                Problem(
+                    row["path"],
+                    row["line"],
+                    f"packed_modules_mapping says that {attr} holds {', '.join(strangers)}, "
+                    f"which is in no tensor's name",
+                    "Use the names of the checkpoint's tensors.",
+                ),
+            )
     return list(problems.values())
 
 
@@ -202,8 +257,12 @@ def shares(layout: dict[str, Any], ranks: int) -> list[tuple[str, str, str, str,
         row = classes.get(name.rpartition(".")[0], {})
         fraction = math.prod(part[name]) / max(1, math.prod(shape))
         found[pattern(name)] = (
-            pattern(name), row.get("class", ""), "x".join(map(str, shape)),
-            "x".join(map(str, part[name])), round(fraction, 3), _share_note(row, fraction, ranks),
+            pattern(name),
+            row.get("class", ""),
+            "x".join(map(str, shape)),
+            "x".join(map(str, part[name])),
+            round(fraction, 3),
+            _share_note(row, fraction, ranks),
         )
     return list(found.values())
 
@@ -262,13 +321,16 @@ def talks(layout: dict[str, Any], collectives: dict[str, dict[str, int]]) -> lis
             continue
         total = sum(own.values())
         around = any(
-            collectives.get(path.rpartition(".")[0].rsplit(".", n)[0], {}).get("all_reduce") for n in (0, 1)
+            collectives.get(path.rpartition(".")[0].rsplit(".", n)[0], {}).get("all_reduce")
+            for n in (0, 1)
         )
         key = pattern(path)
         before = found.get(key)
         found[key] = Talk(
-            key, (before.modules if before else 0) + 1,
-            ", ".join(f"{n} {c}" for c, n in own.items()) or ("by the module around it" if around else "none"),
+            key,
+            (before.modules if before else 0) + 1,
+            ", ".join(f"{n} {c}" for c, n in own.items())
+            or ("by the module around it" if around else "none"),
             ", ".join(f"{n} {c}" for c, n in needed.items()) or "none",
             row["line"],
             bool(before and before.missing) or (bool(needed) and not total and not around),

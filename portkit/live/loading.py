@@ -22,11 +22,20 @@ from portkit.live.coverage import Coverage, Tracer, from_headers
 from portkit.live.failure import describe
 from portkit.live.loader import read_tensors
 
-NO_VALUES = ("meta tensor", "Meta tensor", "data-dependent", "aten::_local_scalar_dense", "Tensor.item()")
+NO_VALUES = (
+    "meta tensor",
+    "Meta tensor",
+    "data-dependent",
+    "aten::_local_scalar_dense",
+    "Tensor.item()",
+)
 
 
 def load(
-    blueprint: Blueprint, tensors: Iterable[TensorInfo], root: str, checkpoint: Checkpoint | None = None
+    blueprint: Blueprint,
+    tensors: Iterable[TensorInfo],
+    root: str,
+    checkpoint: Checkpoint | None = None,
 ) -> Coverage:
     """Run the port's load_weights on headers; on values if it asks for one and a checkpoint is given."""
     tensors = list(tensors)
@@ -45,10 +54,18 @@ def _load(
         with tracer:
             returned = blueprint.model.load_weights(tracer.watch(stream()))
     except Exception as raised:
-        error = {**describe(raised, root), "type": type(raised).__name__}
+        error = describe_load(raised, tracer, root)
     found = tracer.coverage(returned)
     found.error = error
     return found
+
+
+def describe_load(raised: Exception, tracer: Tracer, root: str) -> dict[str, str]:
+    """Return what, where, next and type of what load_weights raised, with the tensor at hand."""
+    error = {**describe(raised, root), "type": type(raised).__name__, "tensor": ""}
+    if tracer.last is not None:
+        error["tensor"] = f"{tracer.last[0]} ({_x(tracer.last[1])})"
+    return error
 
 
 @dataclass(frozen=True)
@@ -71,7 +88,14 @@ def bad_checkpoints(tensors: tuple[TensorInfo, ...], sound: Coverage) -> list[Ba
         for words, shape in _other_shapes(info):
             other = replace(info, shape=shape)
             wrong = tuple(other if t.name == info.name else t for t in tensors)
-            cases.append(Bad("shape", f"{info.name} {words}: {_x(shape)} instead of {_x(info.shape)}", info.name, wrong))
+            cases.append(
+                Bad(
+                    "shape",
+                    f"{info.name} {words}: {_x(shape)} instead of {_x(info.shape)}",
+                    info.name,
+                    wrong,
+                )
+            )
     first = next(t for t in tensors if len(t.shape) == 2)
     names = {t.name for t in tensors}
     layer = next((t for t in tensors if len(t.shape) == 2 and ".0." in t.name), first)
@@ -79,7 +103,12 @@ def bad_checkpoints(tensors: tuple[TensorInfo, ...], sound: Coverage) -> list[Ba
     cases.append(Bad("extra", f"{extra.name} is one too many", extra.name, (*tensors, extra)))
     for info in tensors:
         bias = info.name.removesuffix(".weight") + ".bias"
-        if len(info.shape) == 2 and info.name.endswith(".weight") and bias not in names:
+        if (
+            ".0." in bias
+            and len(info.shape) == 2
+            and bias not in names
+            and bias != info.name + ".bias"
+        ):
             # AutoWeightsLoader ignores every bias that has no parameter, without a word.
             new = replace(info, name=bias, shape=info.shape[:1])
             cases.append(Bad("extra", f"{bias} is one too many", bias, (*tensors, new)))
@@ -120,7 +149,9 @@ def _x(shape: tuple[int, ...]) -> str:
 
 def first_layer(tensors: Iterable[TensorInfo]) -> tuple[TensorInfo, ...]:
     """Return the tensors of the first layer and those outside the layers."""
-    numbered = [(t, next((int(p) for p in t.name.split(".") if p.isdigit()), None)) for t in tensors]
+    numbered = [
+        (t, next((int(p) for p in t.name.split(".") if p.isdigit()), None)) for t in tensors
+    ]
     first = min((n for _, n in numbered if n is not None), default=None)
     return tuple(t for t, n in numbered if n in (None, first))
 
@@ -151,10 +182,16 @@ def judge(bad: Bad, found: Coverage, sound: Coverage) -> dict[str, Any]:
             duty = f"load_weights says that it loaded {claimed[0]}, which no tensor was for"
     if not duty and not raised and not sees:
         duty = (
-            "the port reshapes it into its parameter, and nobody notices" if bad.kind == "shape"
+            "the port reshapes it into its parameter, and nobody notices"
+            if bad.kind == "shape"
             else "neither the port nor the audit notices"
         )
     return {
-        "kind": bad.kind, "what": bad.what, "tensor": bad.tensor, "raised": raised,
-        "where": found.error.get("where", ""), "audit": sees, "duty": duty,
+        "kind": bad.kind,
+        "what": bad.what,
+        "tensor": bad.tensor,
+        "raised": raised,
+        "where": found.error.get("where", ""),
+        "audit": sees,
+        "duty": duty,
     }

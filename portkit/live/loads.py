@@ -22,13 +22,15 @@ UNFILLED = (
     "the parameter is the port's own: no tensor of the checkpoint is meant for it",
 )
 MISPLACED = (
-    "two parts of a fused layer are swapped: the shard ids \"q\", \"k\", \"v\" or 0 (gate), 1 (up) in the mapper",
+    'two parts of a fused layer are swapped: the shard ids "q", "k", "v" or 0 (gate), 1 (up) in '
+    "the mapper",
     "a fused checkpoint tensor has its rows in another order than vLLM's layer (heads interleaved)",
     "a square weight lacks a transpose (Conv1D checkpoints)",
     "the head is tied to the embedding, or is not, against the config",
 )
 MISPLACED_ON_RANKS = (
-    "a tensor is written without the parameter's weight_loader, so each rank takes the same part of it",
+    "a tensor is written without the parameter's weight_loader, so each rank takes the same part "
+    "of it",
     "a fused tensor is cut by rank before it is taken apart: q's rows land in k and v",
     "a bias of a RowParallelLinear is loaded on every rank and added as often",
 )
@@ -55,48 +57,81 @@ def coverage_table(whole: dict[str, Any]) -> Table:
         if not filled["required"] and not filled["sources"]:
             continue
         part = 100 * filled["written"] / max(1, filled["elements"])
-        padding = f", {filled['constant']} of them by a constant (padding)" if filled["constant"] else ""
+        padding = (
+            f", {filled['constant']} of them by a constant (padding)" if filled["constant"] else ""
+        )
         state = f"{part:.4g} %{padding}" + (f", {filled['twice']} twice" if filled["twice"] else "")
-        key = (pattern(name), ", ".join(pattern(s).rpartition(".layers.*.")[2] for s in filled["sources"]), state)
+        key = (
+            pattern(name),
+            ", ".join(pattern(s).rpartition(".layers.*.")[2] for s in filled["sources"]),
+            state,
+        )
         rows[key] = rows.get(key, 0) + 1
     return Table(
-        "What filled each parameter", ("parameter", "count", "from", "elements written"),
-        tuple((name, count, sources or "NOTHING", state) for (name, sources, state), count in rows.items()),
+        "What filled each parameter",
+        ("parameter", "count", "from", "elements written"),
+        tuple(
+            (name, count, sources or "NOTHING", state)
+            for (name, sources, state), count in rows.items()
+        ),
     )
 
 
 def coverage_problems(found: dict[str, Any], source: str) -> list[Problem]:
     """Return what is wrong, most telling first: tensors that went nowhere, unfilled parameters, doubles."""
     whole, lines = found["whole"], found["lines"]
-    problems = [_unconsumed(group, whole, lines, found) for group in _groups(_truly_unconsumed(found))]
+    problems = [
+        _unconsumed(group, whole, lines, found) for group in _groups(_truly_unconsumed(found))
+    ]
     problems += [_unfilled(group, whole, lines) for group in _groups(whole["unwritten"])]
     for group in _groups(whole["cut"]):
         name = group[0]
-        problems.append(Problem(
-            f"only {whole['tensors'][name]:,} of the {whole['sizes'][name]:,} elements of {name} went anywhere{_count(group)}",
-            "Compare its shape with the sizes the layer was made with.", 0,
-            ("load_weights slices it", "a fused layer's part is smaller than its tensor, and vLLM's loader cuts it"),
-        ))
+        problems.append(
+            Problem(
+                f"only {whole['tensors'][name]:,} of the {whole['sizes'][name]:,} elements of "
+                f"{name} went anywhere{_count(group)}",
+                "Compare its shape with the sizes the layer was made with.",
+                0,
+                (
+                    "load_weights slices it",
+                    "a fused layer's part is smaller than its tensor, and vLLM's loader cuts it",
+                ),
+            )
+        )
     for group in _groups(whole["twice"]):
         filled = whole["parameters"][group[0]]
         line = lines.get(group[0], 0)
-        problems.append(Problem(
-            f"{group[0]} was written more than once, by {', '.join(filled['sources'])}{_count(group)}",
-            "Give each part of a fused layer its own shard id.", line,
-            ("two parts have the same shard id in the mapper", "a tied head's stored copy overwrites the embedding"),
-        ))
+        problems.append(
+            Problem(
+                f"{group[0]} was written more than once, by "
+                f"{', '.join(filled['sources'])}{_count(group)}",
+                "Give each part of a fused layer its own shard id.",
+                line,
+                (
+                    "two parts have the same shard id in the mapper",
+                    "a tied head's stored copy overwrites the embedding",
+                ),
+            )
+        )
     if problems:
         return problems
     for rank, one in enumerate(found["ranks"]):
         if one["error"]:
-            problems.append(Problem(
-                f"on rank {rank} of two, load_weights stopped: {one['error']['what']}", advice_on(one["error"]["what"]),
-            ))
+            problems.append(
+                Problem(
+                    f"on rank {rank} of two, load_weights stopped: {one['error']['what']}",
+                    advice_on(one["error"]["what"]),
+                )
+            )
         elif one["unwritten"]:
-            problems.append(Problem(
-                f"on rank {rank} of two, {one['unwritten'][0]} is not filled{_count(one['unwritten'])}",
-                "Write through the parameter's weight_loader: it takes this rank's part.", lines.get(one["unwritten"][0], 0),
-            ))
+            problems.append(
+                Problem(
+                    f"on rank {rank} of two, {one['unwritten'][0]} is not "
+                    f"filled{_count(one['unwritten'])}",
+                    "Write through the parameter's weight_loader: it takes this rank's part.",
+                    lines.get(one["unwritten"][0], 0),
+                )
+            )
     return problems
 
 
@@ -128,10 +163,14 @@ def _unconsumed(
     if last == "bias" and sibling:
         return Problem(
             f"{name} went nowhere{_count(group)}: {sibling.rpartition('.')[0]} has no bias",
-            "Build the layer with bias=True (or the config's field): AutoWeightsLoader ignores a bias without a "
+            "Build the layer with bias=True (or the config's field): AutoWeightsLoader ignores a "
+            "bias without a "
             "parameter, silently.",
             lines.get(sibling, 0),
-            ("the layer was built with bias=False, or with another config field than in Transformers",),
+            (
+                "the layer was built with bias=False, or with another config field than in "
+                "Transformers",
+            ),
         )
     causes = (
         "a filter or a mapping to None keeps it out",
@@ -142,8 +181,10 @@ def _unconsumed(
         causes = ("the head is tied to the embedding although the config does not say so", *causes)
     target = next((p for p in whole["parameters"] if p == name), "")
     return Problem(
-        f"{name} went nowhere{_count(group)}", "Follow its name through the mapper to the parameter it is for.",
-        lines.get(target, 0) if name == (found.get("tied") or {}).get("head") else 0, causes,
+        f"{name} went nowhere{_count(group)}",
+        "Follow its name through the mapper to the parameter it is for.",
+        lines.get(target, 0) if name == (found.get("tied") or {}).get("head") else 0,
+        causes,
     )
 
 
@@ -153,7 +194,8 @@ def _unfilled(group: list[str], whole: dict[str, Any], lines: dict[str, int]) ->
     left = filled["elements"] - filled["written"]
     if filled["sources"]:
         what = (
-            f"{left:,} of the {filled['elements']:,} elements of {name} were not written{_count(group)}; "
+            f"{left:,} of the {filled['elements']:,} elements of {name} were not "
+            f"written{_count(group)}; "
             f"filled from {', '.join(filled['sources'])}"
         )
     else:
@@ -161,11 +203,16 @@ def _unfilled(group: list[str], whole: dict[str, Any], lines: dict[str, int]) ->
     causes = UNFILLED
     if name.endswith("lm_head.weight") and not filled["sources"]:
         causes = (
-            "the head is not tied to the embedding although the config says so (tie_word_embeddings)", *UNFILLED
+            "the head is not tied to the embedding although the config says so "
+            "(tie_word_embeddings)",
+            *UNFILLED,
         )
     return Problem(
-        what, "The engine would start and compute with what was in memory: vLLM's own check exempts such layers.",
-        lines.get(name, 0), causes,
+        what,
+        "The engine would start and compute with what was in memory: vLLM's own check exempts "
+        "such layers.",
+        lines.get(name, 0),
+        causes,
     )
 
 
@@ -173,7 +220,12 @@ def nan_rows(found: dict[str, Any]) -> list[tuple[str, int, int, str]]:
     """Return (parameter, NaN elements, elements, tensors it came from)."""
     parameters = (found.get("coverage") or {}).get("parameters", {})
     return [
-        (name, count, parameters.get(name, {}).get("elements", 0), ", ".join(parameters.get(name, {}).get("sources", ())))
+        (
+            name,
+            count,
+            parameters.get(name, {}).get("elements", 0),
+            ", ".join(parameters.get(name, {}).get("sources", ())),
+        )
         for name, count in found.get("nan", {}).items()
     ]
 
@@ -185,30 +237,45 @@ def head_problem(tied: dict[str, Any]) -> Problem | None:
         if variant["error"]:
             return Problem(
                 f"With a head that is {name}, load_weights stops: {variant['error']['what']}",
-                "Make self.lm_head in any case, and share the weight if config.tie_word_embeddings: "
+                "Make self.lm_head in any case, and share the weight if "
+                "config.tie_word_embeddings: "
                 "self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens).",
             )
     untied = tied["variants"]["untied"]
     if not untied["head_from"] or set(untied["head_from"]) & set(untied["embedding_from"]):
         return Problem(
-            f"The checkpoint has a head of its own ({head}) and tie_word_embeddings is false, but the port ties it: "
-            + (f"{head} overwrites {embedding}." if untied["head_from"] else f"{head} is thrown away."),
+            f"The checkpoint has a head of its own ({head}) and tie_word_embeddings is false, "
+            f"but the port ties it: "
+            + (
+                f"{head} overwrites {embedding}."
+                if untied["head_from"]
+                else f"{head} is thrown away."
+            ),
             "Tie only if config.tie_word_embeddings.",
-            causes=("the head is tied unconditionally", "the flag is read from another config than the checkpoint's"),
+            causes=(
+                "the head is tied unconditionally",
+                "the flag is read from another config than the checkpoint's",
+            ),
         )
     plain = tied["variants"]["tied"]
     left = [n for n in plain["unwritten"] if n not in untied["unwritten"]]
     if left:
         return Problem(
-            f"tie_word_embeddings is true and the checkpoint stores no {head}, but {left[0]} stays unfilled: the logits "
+            f"tie_word_embeddings is true and the checkpoint stores no {head}, but {left[0]} "
+            f"stays unfilled: the logits "
             "would be random.",
-            "if config.tie_word_embeddings: self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)",
-            causes=("the head is built but never tied", "the flag is read from another config than the checkpoint's"),
+            "if config.tie_word_embeddings: self.lm_head = "
+            "self.lm_head.tie_weights(self.model.embed_tokens)",
+            causes=(
+                "the head is built but never tied",
+                "the flag is read from another config than the checkpoint's",
+            ),
         )
     copy = tied["variants"]["tied, a copy stored"]
     if copy["twice"]:
         return Problem(
-            f"With a tied head of which the checkpoint stores a copy, {copy['twice'][0]} is written twice.",
+            f"With a tied head of which the checkpoint stores a copy, {copy['twice'][0]} is "
+            f"written twice.",
             "Leave tied names out: AutoWeightsLoader does, once tie_weights was called.",
         )
     return None
@@ -216,17 +283,32 @@ def head_problem(tied: dict[str, Any]) -> Problem | None:
 
 def cases_table(found: dict[str, Any]) -> Table:
     return Table(
-        "Against Transformers", ("prompt", "positions", "largest difference", "within tolerance"),
-        tuple((c["name"], c["rows"], f"{c['max_abs']:.1e}", "yes" if c["ok"] else "NO") for c in found["cases"]),
-        f"Tolerance {found['tolerance'][0]:g}: {found['tolerance'][1]}." if found.get("tolerance") else "",
+        "Against Transformers",
+        ("prompt", "positions", "largest difference", "within tolerance"),
+        tuple(
+            (c["name"], c["rows"], f"{c['max_abs']:.1e}", "yes" if c["ok"] else "NO")
+            for c in found["cases"]
+        ),
+        f"Tolerance {found['tolerance'][0]:g}: {found['tolerance'][1]}."
+        if found.get("tolerance")
+        else "",
     )
+
+
+def stopped(error: dict[str, Any]) -> str:
+    """Say that load_weights, or vLLM after it, raised; with the tensor it was at."""
+    if error.get("vllm"):
+        return f"vLLM refuses what load_weights did: {error['what']}"
+    at = f" at {error['tensor']}" if error.get("tensor") else ""
+    return f"load_weights stopped{at}: {error['what']}"
 
 
 def advice_on(what: str) -> str:
     """Return what helps against an error that load_weights, or vLLM after it, raised."""
     if match := re.search(r"no module or parameter named '([^']+)'", what):
         return (
-            f"Map {match[1]!r} to a name that the port has (orig_to_new_prefix, _substr or _stacked), and pass "
+            f"Map {match[1]!r} to a name that the port has (orig_to_new_prefix, _substr or "
+            f"_stacked), and pass "
             "mapper= to loader.load_weights."
         )
     if "not initialized from checkpoint" in what:
@@ -239,11 +321,18 @@ def advice_on(what: str) -> str:
 def causes_of(what: str) -> tuple[str, ...]:
     """Return likely causes of such an error."""
     if "no module or parameter named" in what:
-        return ("the mapper was not passed, or lacks this name", "a layer has another attribute name than the checkpoint")
+        return (
+            "the mapper was not passed, or lacks this name",
+            "a layer has another attribute name than the checkpoint",
+        )
     if "not initialized from checkpoint" in what:
         return ("a filter keeps norms out", "the checkpoint lacks these tensors")
     if "size" in what or "shape" in what or "AssertionError" in what:
-        return ("a tensor is of another shape than the layer: compare the sizes it was made with",
-                "a checkpoint of another size than config.json says",
-                "a transpose is missing or one too many (Conv1D checkpoints)")
+        return (
+            "the shard ids of a fused layer's parts are swapped in the mapper: q, k and v differ "
+            "in size",
+            "a tensor is of another shape than the layer: compare the sizes it was made with",
+            "a checkpoint of another size than config.json says",
+            "a transpose is missing or one too many (Conv1D checkpoints)",
+        )
     return ()

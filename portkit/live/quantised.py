@@ -57,7 +57,8 @@ def plan(original: nn.Module, tensors: Collection[str], packed: dict[str, list[s
     """
     head = original.get_output_embeddings()
     names = [
-        name for name, module in original.named_modules()
+        name
+        for name, module in original.named_modules()
         if isinstance(module, nn.Linear) and module is not head and f"{name}.weight" in tensors
     ]
     heads = [n for n, m in original.named_modules() if m is head and head is not None]

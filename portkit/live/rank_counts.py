@@ -25,13 +25,15 @@ def refusal(config: dict[str, Any], ranks: int) -> str:
     heads = _first(config, HEADS)
     if heads and heads % ranks:
         return (
-            f"its {heads} query heads cannot be shared evenly by {ranks} ranks ({heads} / {ranks} is "
+            f"its {heads} query heads cannot be shared evenly by {ranks} ranks ({heads} / "
+            f"{ranks} is "
             "not whole)"
         )
     kv = _first(config, KV_HEADS)
     if kv and kv % ranks and ranks % kv:
         return (
-            f"its {kv} KV heads can neither be shared evenly by {ranks} ranks nor be copied to them "
+            f"its {kv} KV heads can neither be shared evenly by {ranks} ranks nor be copied to "
+            f"them "
             f"an equal number of times"
         )
     width = _first(config, INTERMEDIATE)

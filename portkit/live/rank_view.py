@@ -12,7 +12,12 @@ from torch import nn
 from vllm.distributed.parallel_state import GroupCoordinator
 
 COLLECTIVES = (
-    "all_reduce", "all_gather", "all_gatherv", "reduce_scatter", "reduce_scatterv", "gather",
+    "all_reduce",
+    "all_gather",
+    "all_gatherv",
+    "reduce_scatter",
+    "reduce_scatterv",
+    "gather",
     "broadcast",
 )
 
@@ -34,7 +39,9 @@ def start_counting(model: nn.Module) -> None:
             stack.pop()
 
         hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    originals = {n: getattr(GroupCoordinator, n) for n in COLLECTIVES if hasattr(GroupCoordinator, n)}
+    originals = {
+        n: getattr(GroupCoordinator, n) for n in COLLECTIVES if hasattr(GroupCoordinator, n)
+    }
     for name, original in originals.items():
         setattr(GroupCoordinator, name, _counted(name, original, stack, calls))
     _counting.update(calls=calls, hooks=hooks, originals=originals)

@@ -42,7 +42,8 @@ def refuse(config: dict[str, Any], ranks: int) -> None:
     if reason:
         allowed = ", ".join(str(n) for n in possible(config))
         raise PortkitError(
-            f"This model cannot run on {ranks} ranks: {reason}.", "config.json",
+            f"This model cannot run on {ranks} ranks: {reason}.",
+            "config.json",
             f"Rank counts that it allows: {allowed}.",
         )
 

@@ -37,18 +37,26 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
         blueprint = bench.build()
         if not callable(getattr(blueprint.model, "load_weights", None)):
             raise PortkitError(
-                f"{port.architecture} has no load_weights.", port.modeling.name,
-                "Write it: AutoWeightsLoader(self).load_weights(weights, mapper=...), and return its answer.",
+                f"{port.architecture} has no load_weights.",
+                port.modeling.name,
+                "Write it: AutoWeightsLoader(self).load_weights(weights, mapper=...), and return "
+                "its answer.",
             )
         say(f"following {len(checkpoint.tensors)} tensors through load_weights")
         whole = load(blueprint, checkpoint.tensors, root, checkpoint)
         value: dict[str, Any] = {
-            "file": port.modeling.name, "whole": whole.to_dict(), "lines": lines(blueprint), "ranks": [],
-            "ties": bool(getattr(bench.config.model_config.hf_config, "tie_word_embeddings", False)),
+            "file": port.modeling.name,
+            "whole": whole.to_dict(),
+            "lines": lines(blueprint),
+            "ranks": [],
+            "ties": bool(
+                getattr(bench.config.model_config.hf_config, "tie_word_embeddings", False)
+            ),
         }
         if not refusal(checkpoint.config, 2) and not whole.error:
             value["ranks"] = [
-                load(bench.build(2, rank), checkpoint.tensors, root, checkpoint).to_dict() for rank in (0, 1)
+                load(bench.build(2, rank), checkpoint.tensors, root, checkpoint).to_dict()
+                for rank in (0, 1)
             ]
         say("loading checkpoints with tied and untied heads")
         head = head_of(original_class(port), checkpoint)
@@ -58,7 +66,8 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
             some = first_layer(checkpoint.tensors)
             sound = load(blueprint, some, root, checkpoint)
             value["bad"] = [
-                judge(bad, load(blueprint, bad.tensors, root), sound) for bad in bad_checkpoints(some, sound)
+                judge(bad, load(blueprint, bad.tensors, root), sound)
+                for bad in bad_checkpoints(some, sound)
             ]
             value["bad"].append(_two_shards(checkpoint, port.state_dir / "cache" / "two-shards"))
     return value
@@ -87,10 +96,14 @@ def _heads(bench: Workbench, checkpoint: Checkpoint, head: Head, root: str) -> d
         # Values are not at hand for a tensor that the checkpoint lacks.
         done = load(blueprint, [replace(t) for t in tensors], root)
         found["variants"][name] = {
-            "error": done.error, "unwritten": list(done.unwritten), "unconsumed": done.unconsumed,
+            "error": done.error,
+            "unwritten": list(done.unwritten),
+            "unconsumed": done.unconsumed,
             "twice": list(done.twice),
             "head_from": [n for n, f in done.parameters.items() if head.weight in f.sources],
-            "embedding_from": [n for n, f in done.parameters.items() if head.embedding in f.sources],
+            "embedding_from": [
+                n for n, f in done.parameters.items() if head.embedding in f.sources
+            ],
         }
     return found
 
@@ -111,6 +124,11 @@ def _two_shards(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
         raised = error.what
     shutil.rmtree(folder)
     return {
-        "kind": "twice", "what": f"{smallest.name} is in two shards", "tensor": smallest.name, "raised": "",
-        "where": "", "audit": raised, "duty": "" if raised else "nobody notices",
+        "kind": "twice",
+        "what": f"{smallest.name} is in two shards",
+        "tensor": smallest.name,
+        "raised": "",
+        "where": "",
+        "audit": raised,
+        "duty": "" if raised else "nobody notices",
     }

@@ -53,12 +53,19 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
 def _row(path: str, module: nn.Module, blueprint: Blueprint) -> dict[str, Any]:
     kind = next(
         (
-            word for base, word in (
-                (ParallelLMHead, "head"), (VocabParallelEmbedding, "embedding"),
-                (LinearBase, "linear"), (Attention, "attention"), (nn.Linear, "nn.Linear"),
-                (nn.Embedding, "nn.Embedding"), (LogitsProcessor, "logits"),
-            ) if isinstance(module, base)
-        ), "",
+            word
+            for base, word in (
+                (ParallelLMHead, "head"),
+                (VocabParallelEmbedding, "embedding"),
+                (LinearBase, "linear"),
+                (Attention, "attention"),
+                (nn.Linear, "nn.Linear"),
+                (nn.Embedding, "nn.Embedding"),
+                (LogitsProcessor, "logits"),
+            )
+            if isinstance(module, base)
+        ),
+        "",
     )
     return {
         "path": path,
@@ -76,7 +83,12 @@ def _row(path: str, module: nn.Module, blueprint: Blueprint) -> dict[str, Any]:
 
 def _on_ranks(bench: Workbench, ranks: int, config: dict[str, Any], root: str) -> dict[str, Any]:
     """Build every rank of `ranks`; errors in words."""
-    answer: dict[str, Any] = {"config": refusal(config, ranks), "vllm": "", "error": {}, "shapes": []}
+    answer: dict[str, Any] = {
+        "config": refusal(config, ranks),
+        "vllm": "",
+        "error": {},
+        "shapes": [],
+    }
     parallel = copy.copy(bench.config.parallel_config)
     parallel.tensor_parallel_size = ranks
     try:

@@ -26,6 +26,7 @@ from portkit.live.engine import start
 from portkit.live.failure import describe
 from portkit.live.job import JobRequest
 from portkit.live.jobs.rehearsal import compare_with_reference, diverges_at
+from portkit.live.loading import describe_load
 from portkit.live.memory import peak_of
 from portkit.live.reference import original_class
 from portkit.port import Port
@@ -77,7 +78,9 @@ def _memory(checkpoint: Checkpoint) -> dict[str, Any]:
         if number:
             layers[number] = layers.get(number, 0) + tensor.bytes
     return {
-        "checkpoint": sum(shards.values()), "largest_shard": max(shards.values()), "shards": len(shards),
+        "checkpoint": sum(shards.values()),
+        "largest_shard": max(shards.values()),
+        "shards": len(shards),
         "largest_layer": max(layers.values(), default=0),
         "largest_tensor": max(t.bytes for t in checkpoint.tensors),
     }
@@ -122,11 +125,11 @@ def _audited(value: dict[str, Any], checkpoint: Checkpoint, root: str) -> Iterat
         value["coverage"] = coverage.to_dict()
         value["returned"] = coverage.returned
         value["nan"] = nans(model)
-        value["memory"].update(peak=peak.bytes, held=tracer.held_peak, held_then=tracer.held_then[:8], how=peak.how)
+        value["memory"].update(
+            peak=peak.bytes, held=tracer.held_peak, held_then=tracer.held_then[:8], how=peak.how
+        )
         if error is not None:
-            value["error"] = {
-                **describe(error, root), "type": type(error).__name__, "vllm": bool(returned),
-            }
+            value["error"] = {**describe_load(error, tracer, root), "vllm": bool(returned)}
             raise error
 
     DefaultModelLoader.load_weights = audited

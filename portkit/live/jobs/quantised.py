@@ -27,10 +27,17 @@ from portkit.live.reference import load_model, original_class
 from portkit.port import Port
 
 TOLERANCE = {
-    "cpu": (0.3, "both sides round alike, so most prompts agree to 1e-5; but float32 sums in another order can "
-                 "push an activation over a rounding step, which a single time moves a prompt by a tenth of "
-                 "what quantising moves it"),
-    "cuda": (0.5, "as on the CPU, and vLLM's 8-bit kernels answer in bfloat16, of two to three digits"),
+    "cpu": (
+        0.3,
+        "both sides round alike, so most prompts agree to 1e-5; but float32 sums in another "
+        "order can "
+        "push an activation over a rounding step, which a single time moves a prompt by a tenth of "
+        "what quantising moves it",
+    ),
+    "cuda": (
+        0.5,
+        "as on the CPU, and vLLM's 8-bit kernels answer in bfloat16, of two to three digits",
+    ),
 }
 """Per device: the largest mean |difference| of log-probabilities, as a part of what quantising itself changes."""
 
@@ -54,7 +61,9 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
         # The 8-bit kernels give no float32; with bfloat16 vLLM may choose its usual attention.
         options = {"dtype": "bfloat16", "attention_config": None}
     say(f"starting vLLM on the {format} copy")
-    with start(port.root, loader=request.args.get("loader", "portkit"), checkpoint=folder, **options) as engine:
+    with start(
+        port.root, loader=request.args.get("loader", "portkit"), checkpoint=folder, **options
+    ) as engine:
         prompts = prompts_for(
             port, checkpoint, longest=int(engine.llm.llm_engine.model_config.max_model_len)
         ).short[:4]
@@ -66,12 +75,19 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
         for ids, mine, unrounded in zip(prompts, ours, plain, strict=True):
             theirs = logprobs(model, ids)
             distance = np.abs(mine - theirs)
-            cases.append({
-                "name": f"prompt of {len(ids)} tokens", "mean": float(distance.mean()),
-                "max": float(distance.max()), "effect": float(np.abs(theirs - unrounded).mean()),
-            })
+            cases.append(
+                {
+                    "name": f"prompt of {len(ids)} tokens",
+                    "mean": float(distance.mean()),
+                    "max": float(distance.max()),
+                    "effect": float(np.abs(theirs - unrounded).mean()),
+                }
+            )
     return {
-        "format": format, "ignored": list(chosen.ignored), "layers": rows, "cases": cases,
+        "format": format,
+        "ignored": list(chosen.ignored),
+        "layers": rows,
+        "cases": cases,
         "difference": float(np.mean([c["mean"] for c in cases])),
         "effect": float(np.mean([c["effect"] for c in cases])),
         "tolerance": list(TOLERANCE[device]),
@@ -86,11 +102,17 @@ def _layers(model: nn.Module, chosen: Plan, packed: dict[str, list[str]]) -> lis
             continue
         parent, _, attr = path.rpartition(".")
         members = [f"{parent}.{part}" for part in packed.get(attr, (attr,))]
-        rows.append({
-            "path": path, "class": type(module).__name__, "members": members,
-            "expected": any(m in chosen.quantised for m in members),
-            "known": any(m in chosen.quantised or m in chosen.ignored for m in members),
-            "actual": not isinstance(module.quant_method, UnquantizedLinearMethod),
-            "scheme": type(getattr(module, "scheme", None)).__name__ if hasattr(module, "scheme") else "",
-        })
+        rows.append(
+            {
+                "path": path,
+                "class": type(module).__name__,
+                "members": members,
+                "expected": any(m in chosen.quantised for m in members),
+                "known": any(m in chosen.quantised or m in chosen.ignored for m in members),
+                "actual": not isinstance(module.quant_method, UnquantizedLinearMethod),
+                "scheme": type(getattr(module, "scheme", None)).__name__
+                if hasattr(module, "scheme")
+                else "",
+            }
+        )
     return rows

@@ -35,7 +35,8 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
         say(f"comparing with Transformers on {how(ranks)}")
         cases, prompts = compare_with_reference(engine)
         value: dict[str, Any] = {
-            "how": how(ranks), "ranks": ranks,
+            "how": how(ranks),
+            "ranks": ranks,
             "tolerance": [engine.profile.logprobs.value, engine.profile.logprobs.reason],
             "cases": [case.to_dict() for case in cases],
         }
@@ -66,7 +67,11 @@ def compare_with_reference(engine: Engine) -> tuple[list[Comparison], list[Seque
         if found.ok:
             tokens, rows = reference.greedy(ids, DECODED)
             decoded = compare_decode(
-                f"{DECODED} tokens after a prompt of {len(ids)}", answer, tokens, rows, limit,
+                f"{DECODED} tokens after a prompt of {len(ids)}",
+                answer,
+                tokens,
+                rows,
+                limit,
                 start=len(ids) - 1,
             )
             found = found if decoded.ok and decoded.max_abs < found.max_abs else decoded

@@ -59,23 +59,39 @@ class CoverageCheck(Check):
         problems = loads.coverage_problems(found, context.port.source)
         if problems:
             first = problems[0]
-            more = f" {len(problems) - 1} more: {'; '.join(p.what for p in problems[1:4])}." if problems[1:] else ""
+            more = (
+                f" {len(problems) - 1} more: {'; '.join(p.what for p in problems[1:4])}."
+                if problems[1:]
+                else ""
+            )
             where = place(context.port, first.line) if first.line else line_of_loading(context.port)
             return self.failed(
-                f"{first.what}.{more}", table, where=where, next=first.next, causes=first.causes, job=job
+                f"{first.what}.{more}",
+                table,
+                where=where,
+                next=first.next,
+                causes=first.causes,
+                job=job,
             )
         whole = found["whole"]
         ranks = " on one rank and on each of two" if found["ranks"] else ""
         return self.passed(
             f"All {len(whole['tensors'])} tensors went somewhere, once and whole; all "
-            f"{sum(f['required'] for f in whole['parameters'].values())} parameters were filled{ranks}.", table, job=job,
+            f"{sum(f['required'] for f in whole['parameters'].values())} parameters were "
+            f"filled{ranks}.",
+            table,
+            job=job,
         )
 
     def raised(self, context: CheckContext, found: dict[str, Any], job: JobResult) -> Verdict:
         error = found["whole"]["error"]
         return self.failed(
-            f"load_weights stopped: {error['what']}", where=error["where"] or line_of_loading(context.port),
-            next=loads.advice_on(error["what"]), causes=loads.causes_of(error["what"]), job=job, log=job.log_tail,
+            loads.stopped(error),
+            where=error["where"] or line_of_loading(context.port),
+            next=loads.advice_on(error["what"]),
+            causes=loads.causes_of(error["what"]),
+            job=job,
+            log=job.log_tail,
         )
 
 
@@ -98,42 +114,61 @@ class PoisonedLoad(Check):
         found = job.value
         port = context.port
         left = loads.nan_rows(found)
-        table = Table("Parameters with NaN after loading", ("parameter", "NaN", "of", "from"), tuple(left))
+        table = Table(
+            "Parameters with NaN after loading", ("parameter", "NaN", "of", "from"), tuple(left)
+        )
         if left:
             name, count, total, sources = left[0]
             own = found["coverage"]["parameters"].get(name, {})
             stored = own.get("full", False)
             return self.failed(
-                f"{name}: {count} of {total} elements are NaN after load_weights ({len(left)} such parameters).",
-                table, where=line_of_loading(port), job=job,
-                next="The checkpoint itself holds NaN there: is it damaged?" if stored
+                f"{name}: {count} of {total} elements are NaN after load_weights ({len(left)} "
+                f"such parameters).",
+                table,
+                where=line_of_loading(port),
+                job=job,
+                next="The checkpoint itself holds NaN there: is it damaged?"
+                if stored
                 else "Find why no tensor reaches it: `coverage` lists what went where.",
                 causes=(f"the tensors {sources} hold NaN",) if stored else loads.UNFILLED,
             )
         if found.get("error"):
             error = found["error"]
-            who = "vLLM refuses the load" if error.get("vllm") else "load_weights stopped"
             return self.failed(
-                f"{who}: {error['what']}", where=error["where"] or line_of_loading(port),
-                next=loads.advice_on(error["what"]), causes=loads.causes_of(error["what"]), job=job, log=job.log_tail,
+                loads.stopped(error),
+                where=error["where"] or line_of_loading(port),
+                next=loads.advice_on(error["what"]),
+                causes=loads.causes_of(error["what"]),
+                job=job,
+                log=job.log_tail,
             )
         if found["returned"] is None:
             return self.failed(
-                "load_weights returns None: vLLM takes that for \"do not check\" and asks nothing.",
-                where=line_of_loading(port), job=job, causes=("the `return` before loader.load_weights(...) is missing",),
+                'load_weights returns None: vLLM takes that for "do not check" and asks nothing.',
+                where=line_of_loading(port),
+                job=job,
+                causes=("the `return` before loader.load_weights(...) is missing",),
                 next="Return the set of names: return loader.load_weights(weights, mapper=...).",
             )
         parameters = {n for n, f in found["coverage"]["parameters"].items() if f["required"]}
-        unsaid = sorted(n for n in parameters if n not in found["returned"] and found["coverage"]["parameters"][n]["sources"])
+        unsaid = sorted(
+            n
+            for n in parameters
+            if n not in found["returned"] and found["coverage"]["parameters"][n]["sources"]
+        )
         if unsaid:
             return self.failed(
                 f"load_weights loaded {unsaid[0]} but does not say so ({len(unsaid)} such names).",
-                where=line_of_loading(port), job=job,
-                next="Add each parameter's name to the returned set: vLLM stops at norms that are not in it.",
+                where=line_of_loading(port),
+                job=job,
+                next="Add each parameter's name to the returned set: vLLM stops at norms that "
+                "are not in it.",
             )
         return self.passed(
-            f"{len(parameters)} parameters were NaN before, none has a NaN after; load_weights returned "
-            f"{len(found['returned'])} names.", job=job,
+            f"{len(parameters)} parameters were NaN before, none has a NaN after; load_weights "
+            f"returned "
+            f"{len(found['returned'])} names.",
+            job=job,
         )
 
 
@@ -143,7 +178,9 @@ class _Parity(Check):
     step = STEP
     ranks = 1
 
-    def differs(self, context: CheckContext, job: JobResult, more: tuple[Table, ...] = ()) -> Verdict | None:
+    def differs(
+        self, context: CheckContext, job: JobResult, more: tuple[Table, ...] = ()
+    ) -> Verdict | None:
         """Return the failed verdict if a comparison is beyond the tolerance."""
         found = job.value
         bad = [case for case in found["cases"] if not case["ok"]]
@@ -152,17 +189,28 @@ class _Parity(Check):
         worst = max(bad, key=lambda c: c["max_abs"])
         trace = found.get("divergence") or {}
         what = (
-            f"{len(bad)} of {len(found['cases'])} prompts differ from Transformers: {worst['name']}, by "
-            f"{worst['max_abs']:.3g} from position {worst['position']} on (tolerance {found['tolerance'][0]:g})."
+            f"{len(bad)} of {len(found['cases'])} prompts differ from Transformers: "
+            f"{worst['name']}, by "
+            f"{worst['max_abs']:.3g} from position {worst['position']} on (tolerance "
+            f"{found['tolerance'][0]:g})."
         )
         where = line_of_loading(context.port)
         if trace.get("what"):
             what += f" First diverging module: {trace['path']}: {trace['what']}."
             where = trace["where"] or where
-        causes = [*trace.get("causes", ()), *(loads.MISPLACED if self.ranks == 1 else loads.MISPLACED_ON_RANKS)]
+        causes = [
+            *trace.get("causes", ()),
+            *(loads.MISPLACED if self.ranks == 1 else loads.MISPLACED_ON_RANKS),
+        ]
         return self.failed(
-            what, loads.cases_table(found), *more, where=where, causes=tuple(dict.fromkeys(causes)), job=job,
-            next="Step `parallel` was right with portkit's loading, so look at the mapping: names, shard ids, order.",
+            what,
+            loads.cases_table(found),
+            *more,
+            where=where,
+            causes=tuple(dict.fromkeys(causes)),
+            job=job,
+            next="Step `parallel` was right with portkit's loading, so look at the mapping: "
+            "names, shard ids, order.",
         )
 
 
@@ -183,8 +231,10 @@ class LoadParity(_Parity):
             return self.failed_job(job)
         return self.differs(context, job) or self.passed(
             f"{len(job.value['cases'])} prompts: same greedy tokens, log-probabilities equal to "
-            f"{max(c['max_abs'] for c in job.value['cases']):.1e} (tolerance {job.value['tolerance'][0]:g}).",
-            loads.cases_table(job.value), job=job,
+            f"{max(c['max_abs'] for c in job.value['cases']):.1e} (tolerance "
+            f"{job.value['tolerance'][0]:g}).",
+            loads.cases_table(job.value),
+            job=job,
         )
 
 
@@ -204,13 +254,19 @@ class LoadParityTp2(_Parity):
         job = gather(context, self.id, "rehearsal", timeout=self.timeout, ranks=2, loader="port")
         if not job.ok:
             return self.failed(
-                f"On two ranks the port stopped: {job.what}", where=job.where, next=job.next, log=job.log_tail, job=job,
+                f"On two ranks the port stopped: {job.what}",
+                where=job.where,
+                next=job.next,
+                log=job.log_tail,
+                job=job,
                 causes=loads.MISPLACED_ON_RANKS,
             )
         return self.differs(context, job) or self.passed(
             f"On {job.value['how']}: log-probabilities equal to "
-            f"{max(c['max_abs'] for c in job.value['cases']):.1e} (tolerance {job.value['tolerance'][0]:g}).",
-            loads.cases_table(job.value), job=job,
+            f"{max(c['max_abs'] for c in job.value['cases']):.1e} (tolerance "
+            f"{job.value['tolerance'][0]:g}).",
+            loads.cases_table(job.value),
+            job=job,
         )
 
 
@@ -231,21 +287,37 @@ class TiedHead(_Parity):
             return self.failed_job(headers)
         tied = headers.value["tied"]
         if not tied:
-            return self.skipped("the original cannot share one weight between embedding and head", job=headers)
+            return self.skipped(
+                "the original cannot share one weight between embedding and head", job=headers
+            )
         table = Table(
-            "Heads, from headers", ("checkpoint", "the head's tensor goes to", "the embedding's goes to", "unfilled"),
+            "Heads, from headers",
+            ("checkpoint", "the head's tensor goes to", "the embedding's goes to", "unfilled"),
             tuple(
-                (name, ", ".join(v["head_from"]) or "nowhere", ", ".join(v["embedding_from"]) or "nowhere",
-                 v["error"].get("what") or ", ".join(v["unwritten"])) for name, v in tied["variants"].items()
+                (
+                    name,
+                    ", ".join(v["head_from"]) or "nowhere",
+                    ", ".join(v["embedding_from"]) or "nowhere",
+                    v["error"].get("what") or ", ".join(v["unwritten"]),
+                )
+                for name, v in tied["variants"].items()
             ),
         )
         problem = loads.head_problem(tied)
         if problem:
-            lines = [n for n, text in enumerate(context.port.source.splitlines(), 1) if "tie_word_embeddings" in text]
+            lines = [
+                n
+                for n, text in enumerate(context.port.source.splitlines(), 1)
+                if "tie_word_embeddings" in text
+            ]
             made = headers.value["lines"].get(tied["head"], 0)
             return self.failed(
-                problem.what, table, where=place(context.port, lines[-1] if lines else made), next=problem.next,
-                causes=problem.causes, job=headers,
+                problem.what,
+                table,
+                where=place(context.port, lines[-1] if lines else made),
+                next=problem.next,
+                causes=problem.causes,
+                job=headers,
             )
         variant = "untied" if headers.value["ties"] else "tied"
         job = gather(context, self.id, "load", variant=variant)
@@ -254,13 +326,20 @@ class TiedHead(_Parity):
         if job.value.get("error"):
             error = job.value["error"]
             return self.failed(
-                f"With {loads.VARIANTS[variant]}, the port does not load: {error['what']}", table, job=job,
-                where=error["where"] or line_of_loading(context.port), next=loads.advice_on(error["what"]),
+                f"With {loads.VARIANTS[variant]}: {loads.stopped(error)}",
+                table,
+                job=job,
+                where=error["where"] or line_of_loading(context.port),
+                next=loads.advice_on(error["what"]),
             )
         failed = self.differs(context, job, (table,))
         return failed or self.passed(
-            f"Tied and untied checkpoints load as their config says; {loads.VARIANTS[variant]} equals Transformers to "
-            f"{max(c['max_abs'] for c in job.value['cases']):.1e}.", table, loads.cases_table(job.value), job=job,
+            f"Tied and untied checkpoints load as their config says; {loads.VARIANTS[variant]} "
+            f"equals Transformers to "
+            f"{max(c['max_abs'] for c in job.value['cases']):.1e}.",
+            table,
+            loads.cases_table(job.value),
+            job=job,
         )
 
 
@@ -285,32 +364,54 @@ class BadCheckpoints(Check):
         nan = live.value.get("nan_case") if live.ok else None
         if nan:
             seen = ", ".join(nan["seen"])
-            cases.append({
-                "kind": "nan", "what": f"{nan['tensor']} holds a NaN", "raised": nan["raised"], "where": "",
-                "audit": f"{seen} has NaN" if seen else "", "duty": "" if seen or nan["raised"] else "the NaN is gone",
-            })
+            cases.append(
+                {
+                    "kind": "nan",
+                    "what": f"{nan['tensor']} holds a NaN",
+                    "raised": nan["raised"],
+                    "where": "",
+                    "audit": f"{seen} has NaN" if seen else "",
+                    "duty": "" if seen or nan["raised"] else "the NaN is gone",
+                }
+            )
         table = Table(
-            "One thing wrong", ("checkpoint", "load_weights", "portkit's audit", "verdict"),
+            "One thing wrong",
+            ("checkpoint", "load_weights", "portkit's audit", "verdict"),
             tuple(
-                (c["what"], c["raised"][:100] or "says nothing", c["audit"] or ("" if c["raised"] else "sees nothing"),
-                 f"NOT GOOD: {c['duty']}" if c["duty"] else "noticed") for c in cases
+                (
+                    c["what"],
+                    c["raised"][:100] or "says nothing",
+                    c["audit"] or ("" if c["raised"] else "sees nothing"),
+                    f"NOT GOOD: {c['duty']}" if c["duty"] else "noticed",
+                )
+                for c in cases
             ),
-            "Every checkpoint that you give portkit is audited like this by `coverage` and `poisoned_load`.",
+            "Every checkpoint that you give portkit is audited like this by `coverage` and "
+            "`poisoned_load`.",
         )
         bad = [c for c in cases if c["duty"]]
         if bad:
             first = bad[0]
             return self.failed(
-                f"{first['what']}, and {first['duty']}." + (f" {len(bad) - 1} more such cases." if bad[1:] else ""),
-                table, where=first["where"] or line_of_loading(context.port), job=job,
-                next="Leave the writing to each parameter's weight_loader, and return what AutoWeightsLoader returns.",
-                causes=("load_weights reshapes or slices tensors until they fit",
-                        "load_weights returns the names of all parameters instead of those it loaded"),
+                f"{first['what']}, and {first['duty']}."
+                + (f" {len(bad) - 1} more such cases." if bad[1:] else ""),
+                table,
+                where=first["where"] or line_of_loading(context.port),
+                job=job,
+                next="Leave the writing to each parameter's weight_loader, and return what "
+                "AutoWeightsLoader returns.",
+                causes=(
+                    "load_weights reshapes or slices tensors until they fit",
+                    "load_weights returns the names of all parameters instead of those it loaded",
+                ),
             )
         silent = sum(not c["raised"] for c in cases)
         return self.passed(
-            f"{len(cases)} bad checkpoints: {len(cases) - silent} raise, {silent} pass vLLM in silence and are named by "
-            "the audit.", table, job=job,
+            f"{len(cases)} bad checkpoints: {len(cases) - silent} raise, {silent} pass vLLM in "
+            f"silence and are named by "
+            "the audit.",
+            table,
+            job=job,
         )
 
 
@@ -335,36 +436,62 @@ class LoadMemory(Check):
         allowed = max(memory["largest_layer"], memory["largest_tensor"]) + memory["largest_tensor"]
         limit = memory["model"] + memory["largest_shard"] + self.SLACK
         table = Table(
-            "Memory while loading", ("what", "MiB", "limit, MiB"),
+            "Memory while loading",
+            ("what", "MiB", "limit, MiB"),
             (
                 ("checkpoint tensors held at once", loads.mib(memory["held"]), loads.mib(allowed)),
                 ("memory used beyond the start", loads.mib(memory["peak"]), loads.mib(limit)),
                 ("the checkpoint", loads.mib(memory["checkpoint"]), ""),
-                (f"its largest shard, of {memory['shards']}", loads.mib(memory["largest_shard"]), ""),
+                (
+                    f"its largest shard, of {memory['shards']}",
+                    loads.mib(memory["largest_shard"]),
+                    "",
+                ),
                 ("its largest layer", loads.mib(memory["largest_layer"]), ""),
             ),
-            f"Used: {memory['how']}. One layer's tensors may wait for each other, for example to be fused.",
+            f"Used: {memory['how']}. One layer's tensors may wait for each other, for example to "
+            f"be fused.",
         )
         if memory["held"] > allowed:
             return self.failed(
-                f"load_weights held {loads.mib(memory['held'])} MiB of tensors at once, of a checkpoint of "
-                f"{loads.mib(memory['checkpoint'])} MiB: {', '.join(map(pattern, memory['held_then'][:4]))}, ...", table,
-                where=line_of_loading(context.port), job=job,
-                next="Take the tensors from the iterator one by one and let each go: a large model's would fill the memory.",
-                causes=("dict(weights) or list(weights)", "tensors are kept on self or in a list until the end"),
+                f"load_weights held {loads.mib(memory['held'])} MiB of tensors at once, of a "
+                f"checkpoint of "
+                f"{loads.mib(memory['checkpoint'])} MiB: "
+                f"{', '.join(map(pattern, memory['held_then'][:4]))}, ...",
+                table,
+                where=line_of_loading(context.port),
+                job=job,
+                next="Take the tensors from the iterator one by one and let each go: a large "
+                "model's would fill the memory.",
+                causes=(
+                    "dict(weights) or list(weights)",
+                    "tensors are kept on self or in a list until the end",
+                ),
             )
         if memory["peak"] > limit:
             return self.failed(
-                f"Loading used {loads.mib(memory['peak'])} MiB more than before it, {loads.mib(limit)} would do.", table,
-                where=line_of_loading(context.port), job=job,
+                f"Loading used {loads.mib(memory['peak'])} MiB more than before it, "
+                f"{loads.mib(limit)} would do.",
+                table,
+                where=line_of_loading(context.port),
+                job=job,
                 next="Look for copies: .clone(), .float(), torch.cat of large tensors.",
             )
         return self.passed(
-            f"At most {loads.mib(memory['held'])} MiB of the checkpoint's {loads.mib(memory['checkpoint'])} MiB were held "
-            "at once.", table, job=job,
+            f"At most {loads.mib(memory['held'])} MiB of the checkpoint's "
+            f"{loads.mib(memory['checkpoint'])} MiB were held "
+            "at once.",
+            table,
+            job=job,
         )
 
 
 CHECKS = (
-    CoverageCheck, PoisonedLoad, LoadParity, LoadParityTp2, TiedHead, BadCheckpoints, LoadMemory,
+    CoverageCheck,
+    PoisonedLoad,
+    LoadParity,
+    LoadParityTp2,
+    TiedHead,
+    BadCheckpoints,
+    LoadMemory,
 )

@@ -1,0 +1,260 @@
+"""The checks of step `parallel` on a correct Helium, and on it with one bug each.
+
+A seed names the check that must fail, words it must say, and checks that must still pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from seeds import Bench, Edit, edit, words
+
+from portkit.create import new_port
+from portkit.live.client import live_for
+from portkit.live.rank_counts import possible, refusal
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+LAYOUT = ("layer_classes", "prefixes", "impossible_ranks")
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    port = new_port(
+        "helium", architecture="HeliumForCausalLM", root=tmp_path_factory.mktemp("ports")
+    )
+    yield Bench(port, "parallel")
+    live_for(port).close()
+
+
+def test_correct_port_passes_every_check(bench: Bench) -> None:
+    bench.write()
+    verdicts = {
+        id: bench.run(id)
+        for id in (*LAYOUT, "rehearsal_tp1", "rehearsal_tp2", "rehearsal_tp4", "quantised_run")
+    }
+    assert {id: v.status for id, v in verdicts.items()} == dict.fromkeys(verdicts, "passed"), [
+        words(v) for v in verdicts.values() if not v.ok
+    ]
+    shares = {row[0]: row for row in verdicts["rehearsal_tp4"].tables[2].rows}
+    # Two KV heads on four ranks: a rank has 2 of 8 query heads and a copy of 1 KV head, so (2 + 2) / 12.
+    assert shares["model.layers.*.self_attn.qkv_proj.weight"][4:] == (
+        0.333,
+        "more ranks than KV heads: each holds a copy of one",
+    )
+    assert shares["model.layers.*.mlp.down_proj.weight"][4] == 0.25
+    talks = {row[0]: row[1:] for row in verdicts["rehearsal_tp2"].tables[1].rows}
+    assert talks["model.layers.*.mlp.down_proj"] == (3, "1 all_reduce", "1 all_reduce")
+    layers = {row[0]: row[3] for row in verdicts["quantised_run"].tables[0].rows}
+    assert layers["model.layers.1.mlp.gate_up_proj"] == "CompressedTensorsW8A8Int8"
+    assert layers["model.layers.2.mlp.gate_up_proj"] == "unquantised"
+    assert layers["model.layers.0.self_attn.o_proj"] == "unquantised"
+
+
+O_PROJ = """        self.o_proj = RowParallelLinear(
+            config.hidden_size,
+            config.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
+        )
+"""
+SEEDS: dict[str, tuple[Edit, str, tuple[str, ...], tuple[str, ...]]] = {
+    "nn.Linear left": (
+        edit(
+            O_PROJ,
+            "        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)\n",
+        ),
+        "layer_classes",
+        ("self_attn.o_proj", "nn.Linear", "RowParallelLinear belongs there", "modeling_helium.py:"),
+        (),
+    ),
+    "nn.Embedding left": (
+        edit(
+            """VocabParallelEmbedding(
+                config.vocab_size,
+                config.hidden_size,
+                quant_config=quant_config,
+                prefix=f"{prefix}.embed_tokens",
+            )""",
+            "nn.Embedding(config.vocab_size, config.hidden_size)",
+        ),
+        "layer_classes",
+        ("embed_tokens is an nn.Embedding", "VocabParallelEmbedding("),
+        (),
+    ),
+    "replicated down_proj": (
+        edit(
+            "    RowParallelLinear,\n)",
+            "    ReplicatedLinear,\n    RowParallelLinear,\n)",
+            "self.down_proj = RowParallelLinear(",
+            "self.down_proj = ReplicatedLinear(",
+        ),
+        "layer_classes",
+        ("mlp.down_proj", "ReplicatedLinear", "every rank holds"),
+        (),
+    ),
+    "prefix missing": (
+        edit('            prefix=f"{prefix}.down_proj",\n', ""),
+        "prefixes",
+        ("mlp.down_proj was given no prefix", "self.down_proj = RowParallelLinear("),
+        ("rehearsal_tp1",),
+    ),
+    "prefix of another attribute": (
+        edit('prefix=f"{prefix}.gate_up_proj"', 'prefix=f"{prefix}.gate_up"'),
+        "prefixes",
+        ("mlp.gate_up_proj was given the prefix", "gate_up'"),
+        ("rehearsal_tp1",),
+    ),
+    "prefix not handed down": (
+        edit(
+            'HeliumMLP(config, quant_config, prefix=f"{prefix}.mlp")',
+            'HeliumMLP(config, quant_config, prefix="mlp")',
+        ),
+        "prefixes",
+        ("mlp.gate_up_proj was given the prefix 'mlp.gate_up_proj'",),
+        ("layer_classes",),
+    ),
+    "attention layers share a name": (
+        edit('prefix=f"{prefix}.attn",', 'prefix="attn",'),
+        "prefixes",
+        ("Duplicate layer name", "its own name"),
+        (),
+    ),
+    "quant_config not passed": (
+        edit(
+            "            bias=config.attention_bias,\n            quant_config=quant_config,\n",
+            "            bias=config.attention_bias,\n",
+        ),
+        "prefixes",
+        ("self_attn.qkv_proj was given no quant_config", "silently"),
+        ("layer_classes",),
+    ),
+    "packed_modules_mapping missing": (
+        edit("    packed_modules_mapping = {", "    other_mapping = {"),
+        "prefixes",
+        ("qkv_proj fuses layers", "packed_modules_mapping"),
+        ("layer_classes",),
+    ),
+    "packed_modules_mapping missing, run": (
+        edit("    packed_modules_mapping = {", "    other_mapping = {"),
+        "rehearsal_tp1",
+        ("qkv_proj.weight", "packed_modules_mapping"),
+        (),
+    ),
+    "q, k, v split in another order": (
+        edit(
+            "q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)",
+            "q, v, k = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)",
+        ),
+        "rehearsal_tp1",
+        ("differ from Transformers", "layers.0.self_attn"),
+        LAYOUT,
+    ),
+    "logits with the vocabulary's padding": (
+        edit(
+            "return self.logits_processor(self.lm_head, hidden_states)",
+            "return hidden_states @ self.lm_head.weight.t()",
+        ),
+        "rehearsal_tp1",
+        ("out of bounds", "LogitsProcessor"),
+        (),
+    ),
+    "no all-reduce": (
+        edit(
+            'prefix=f"{prefix}.o_proj",',
+            'prefix=f"{prefix}.o_proj",\n            reduce_results=False,',
+        ),
+        "rehearsal_tp2",
+        (
+            "self_attn.o_proj makes no all-reduce",
+            "self.o_proj = RowParallelLinear(",
+            "reduce_results",
+        ),
+        ("rehearsal_tp1", *LAYOUT),
+    ),
+    "q_size counts all heads": (
+        edit(
+            "self.q_size = self.num_heads * self.head_dim",
+            "self.q_size = total_num_heads * self.head_dim",
+        ),
+        "rehearsal_tp2",
+        ("On 2 ranks the port stopped", "modeling_helium.py:", "divide num_heads"),
+        ("rehearsal_tp1",),
+    ),
+    "KV heads asserted to divide": (
+        edit(
+            "        self.num_kv_heads = max(1, total_num_kv_heads // tp_size)",
+            "        assert total_num_kv_heads % tp_size == 0\n        self.num_kv_heads = "
+            "total_num_kv_heads // tp_size",
+        ),
+        "impossible_ranks",
+        ("4 ranks are possible", "refuses", "total_num_kv_heads % tp_size"),
+        ("layer_classes", "prefixes"),
+    ),
+    "ignore list misses a layer": (
+        edit('prefix=f"{prefix}.gate_up_proj"', 'prefix=f"{prefix}.gate_up"'),
+        "quantised_run",
+        ("gate_up_proj",),
+        (),
+    ),
+    "a layer is never quantised": (
+        edit(
+            "            bias=config.attention_bias,\n            quant_config=quant_config,\n",
+            "            bias=config.attention_bias,\n",
+        ),
+        "quantised_run",
+        ("self_attn.qkv_proj is quantised, but vLLM runs it unquantised",),
+        (),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_seeded_bug_is_caught_by_name(bench: Bench, name: str) -> None:
+    change, check, said, green = SEEDS[name]
+    bench.write(change)
+    verdict = bench.run(check)
+    assert verdict.status == "failed", f"{check} passes: {words(verdict)}"
+    missing = [text for text in said if text not in words(verdict)]
+    assert not missing, f"{check} does not say {missing}: {words(verdict)}"
+    assert verdict.where
+    for other in green:
+        result = bench.run(other)
+        assert result.status == "passed", f"{other} fails too: {words(result)}"
+
+
+HELIUM = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 384,
+    "vocab_size": 509,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "why"),
+    [
+        ({}, 2, ""),
+        ({}, 4, ""),
+        ({}, 8, ""),
+        ({}, 3, "8 query heads"),
+        ({}, 0, "no number of ranks"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 4}, 6, "4 KV heads"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 3, "intermediate_size": 100}, 6, "100"),
+        (
+            {"num_attention_heads": 12, "num_key_value_heads": 3, "intermediate_size": 96},
+            3,
+            "padded to 512",
+        ),
+        ({"vocab_size": 2}, 8, ""),
+    ],
+)
+def test_rank_counts_that_cannot_work(changes: dict[str, int], ranks: int, why: str) -> None:
+    reason = refusal({**HELIUM, **changes}, ranks)
+    assert (why in reason) if why else not reason
+
+
+def test_rank_counts_that_can() -> None:
+    assert possible(HELIUM) == (1, 2, 4, 8)

@@ -26,7 +26,7 @@ test: setup ## run the tests (PYTEST_ARGS="-m 'not vllm'" for the quick ones)
 	$(IN_VENV) python -m pytest $(PYTEST_ARGS)
 
 port: setup ## walk a bundled model through every step, headless (MODEL=helium)
-	$(IN_VENV) portkit autopilot --model $(MODEL)
+	$(IN_VENV) portkit autopilot --model $(MODEL) --fresh
 
 lint: setup ## check style
 	$(IN_VENV) ruff check . && $(IN_VENV) ruff format --check .

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from portkit.errors import PortkitError
+from portkit.live.device import find_device
 from portkit.live.processes import thread_count
 
 _PAUSE_HARD = 2  # omp_pause_hard of OpenMP 5.0: give the threads back
@@ -25,8 +26,8 @@ _PAUSE_HARD = 2  # omp_pause_hard of OpenMP 5.0: give the threads back
 def forked_ranks() -> Iterator[None]:
     """Inside the block, vLLM's multiprocessing executor forks its ranks from this process.
 
-    Enter it before the LLM is made. Raises PortkitError if CUDA is initialised here, or if native
-    threads run that cannot be ended: a forked rank would wait for them for ever.
+    Enter it before the LLM is made. Raises PortkitError if CUDA is initialised here, or if on the
+    CPU native threads run that cannot be ended: a forked rank would wait for them for ever.
     """
     import torch
     import vllm.v1.executor.multiproc_executor as executor
@@ -39,7 +40,9 @@ def forked_ranks() -> Iterator[None]:
         )
     end_openmp_threads()
     native = thread_count() - threading.active_count()
-    if native > 0:
+    # A CUDA build's libraries keep threads of their own that the ranks do without (vLLM forks its
+    # ranks there by default); on the CPU a native thread is one of OpenMP's, and would be missed.
+    if native > 0 and find_device()[0] == "cpu":
         raise PortkitError(
             f"Ranks cannot be forked: {native} native threads run in this process.",
             "portkit.live.ranks",

@@ -27,11 +27,17 @@ INHERITED_DROP = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_WORKER_MULTIPROC_METHO
 
 
 def user_environment(extra: dict[str, str] | None = None) -> dict[str, str]:
-    """Return the environment of a process that a user starts, plus `extra`."""
+    """Return the environment of a process that a user starts, plus `extra`.
+
+    A PYTHONPATH in `extra` goes before the user's own.
+    """
     kept = {k: v for k, v in os.environ.items() if k not in INHERITED_DROP + JOBS_OWN}
     # With the job's own PYTHONPATH the port would be importable without being installed.
     own = {k: v for k, v in readers_environment().items() if k in JOBS_OWN}
-    return {**kept, **own, "PYTHONUNBUFFERED": "1", **(extra or {})}
+    extra = dict(extra or {})
+    if "PYTHONPATH" in extra and own.get("PYTHONPATH"):
+        extra["PYTHONPATH"] += os.pathsep + own["PYTHONPATH"]
+    return {**kept, **own, "PYTHONUNBUFFERED": "1", **extra}
 
 
 def run_script(

@@ -187,9 +187,10 @@ def whole_report(status: PortStatus) -> Report:
             report += Report(
                 (Heading(f"{s.step.number} {s.step.title}"), *map(_saved_line, s.verdicts))
             )
-    proof = Path(status.root) / "report" / "report.html"
-    if proof.is_file():
-        report += Report((Link("the report of step 7", str(proof)),))
+    proofs = sorted((Path(status.root) / "report").glob("*.html"))
+    links = tuple(Link(f"the report of step 7, {proof.name}", str(proof)) for proof in proofs)
+    if links:
+        report += Report(links)
     return report
 
 

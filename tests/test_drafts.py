@@ -192,6 +192,8 @@ def test_forward_stops_with_the_line(seed: str) -> None:
     [
         ("cohere", "parallel", ("q_norm", "weights for each head")),
         ("stablelm", "forward", ("self.q_layernorm",)),
+        ("mixtral", "parallel", ("MixtralExperts.gate_up_proj", "FusedMoE")),
+        ("gpt-oss", "forward", ("s_aux=",)),
     ],
 )
 def test_known_limits(model: str, step: str, words: tuple[str, ...]) -> None:

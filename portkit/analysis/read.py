@@ -62,6 +62,9 @@ class Reader:
     def norms_of(self, view: ClassView) -> tuple[NormUse, ...]:
         """Norm submodules of a class, in the order of `__init__`."""
         own = {n.name for n in self.norms}
+        for other in self.module.classes.values():
+            if any(base.rsplit(".", 1)[-1] in VLLM_NORMS for base in other.bases):
+                own.add(other.name)
         uses = []
         for item in view.assigned:
             name = call_name(item.value)

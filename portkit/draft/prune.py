@@ -41,6 +41,10 @@ def _live_one(node: edit.Statement, live: set[str]) -> tuple[edit.Statement | No
         return edit.with_body(node, inner), after | live | edit.names_read(node.iter)
     if isinstance(small, cst.Raise):
         return None, live
+    if isinstance(small, cst.AugAssign) and isinstance(small.target, cst.Name):
+        if small.target.value not in live:
+            return None, live
+        return node, live | edit.names_read(small)
     if isinstance(small, cst.Expr):
         value = small.value
         if (

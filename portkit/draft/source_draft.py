@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 
+import libcst as cst
 from libcst import ParserSyntaxError
 
 from portkit.draft.blocker import Blocker
@@ -38,10 +40,13 @@ def draft_source_outcome(
     if not source.strip():
         return DraftOutcome(step, "failed", reason=f"{path} is empty: do step copy first.")
     try:
-        work = drafting(source, architecture)
-    except (SyntaxError, ParserSyntaxError) as error:
+        ast.parse(source)
+        cst.parse_module(source)
+    except (SyntaxError, ValueError, ParserSyntaxError) as error:
         line = getattr(error, "lineno", None) or getattr(error, "raw_line", 0)
         return DraftOutcome(step, "failed", reason=f"{path}, line {line}: the file does not parse.")
+    try:
+        work = drafting(source, architecture)
     except Blocker as blocker:
         return DraftOutcome(
             step, "failed", reason=f"{path}, {blocker}" if blocker.line else f"{path}: {blocker}"

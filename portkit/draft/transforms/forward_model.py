@@ -358,7 +358,7 @@ def _logits_body(work: Work, forward: cst.FunctionDef) -> list[edit.Statement]:
 
     body = prune.live_body([edit.replace(_one_line_comments(n), change) for n in body])
     new = edit.with_body(edit.function("def compute_logits(self, hidden_states):\n    pass"), body)
-    check_no_leftovers(new, forward, f"{facts.causal_lm}.compute_logits: HF's", work)
+    check_no_leftovers(new, forward, f"{facts.causal_lm}.compute_logits, made from forward:", work)
     if outputs in edit.names_read(new):
         raise Blocker(
             f"{facts.causal_lm}.forward needs more than the model's hidden states for its logits.",

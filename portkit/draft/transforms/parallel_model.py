@@ -70,9 +70,9 @@ def port_model(work: Work) -> None:
                 edit.statement("quant_config = vllm_config.quant_config"),
                 edit.statement("self.quant_config = quant_config"),
             ]
-        elif attr == facts.embedding.attr:
+        elif attr and attr == facts.embedding.attr:
             body.append(_embedding(work, node, pair[1]))
-        elif attr == facts.final_norm:
+        elif attr and attr == facts.final_norm:
             body.append(_only_on("get_pp_group().is_last_rank", node, attr))
         elif edit.find(node, lambda n: edit.is_call(n, "make_layers")):
             call = edit.find(node, lambda n: edit.is_call(n, facts.layer.cls))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import libcst as cst
 
+from portkit.analysis.classes import call_name, view_module
 from portkit.analysis.facts import facts_of
 from portkit.draft import source_draft
 from portkit.draft.blocker import Blocker
@@ -33,6 +34,7 @@ def draft_source(source: str, architecture: str) -> Work:
             f"{facts.architecture} does not have vLLM's interface yet: do step forward first.",
             work.line_of(f"class {facts.architecture}"),
         )
+    _refuse_own_parameters(work)
     port_attention(work)
     for mlp in facts.mlp:
         port_mlp(work, mlp)
@@ -41,6 +43,20 @@ def draft_source(source: str, architecture: str) -> Work:
     port_causal_lm(work)
     work.module = cst.parse_module(finish(work))
     return work
+
+
+def _refuse_own_parameters(work: Work) -> None:
+    """Weights that a class keeps itself (experts, routers) need more than another layer class."""
+    norms = {norm.name for norm in work.facts.norm_classes}
+    for view in view_module(work.module.code).classes.values():
+        for item in view.assigned:
+            if view.name not in norms and call_name(item.value).endswith("Parameter"):
+                raise Blocker(
+                    f"{view.name}.{item.attr} is a parameter of its own, not a layer: every rank "
+                    "would hold it whole, and its names in the checkpoint may differ.",
+                    item.line,
+                    "Use vLLM's layer for it (FusedMoE for experts) by hand, then draft again.",
+                )
 
 
 def draft(port: Port) -> DraftOutcome:

@@ -22,11 +22,12 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     port = Port(Path(request.port_root))
     say("importing the port")
     cls = port_class(port)
-    files = sorted((port.root / port.package).glob("*.py"))
+    package = port.package  # read from port.toml each time; there are thousands of modules
+    files = sorted((port.root / package).glob("*.py"))
     return {
         "class": f"{cls.__module__}.{cls.__qualname__}",
         "imports": [[file.name, *row] for file in files for row in imports_of(file.read_text())],
-        "siblings": sorted(n for n in sys.modules if n.startswith(f"{port.package}.")),
+        "siblings": sorted(n for n in sys.modules if n.startswith(f"{package}.")),
         "bases": [
             [base.__module__, base.__qualname__]
             for base in cls.__mro__

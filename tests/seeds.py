@@ -1,4 +1,4 @@
-"""Seeded bugs: a text edit of a correct port, and what its checks then say. Used by the check tests."""
+"""Seeded bugs: a text edit of a correct port, and what its checks then say."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def test_correct_port_passes_every_check(bench: Bench) -> None:
         words(v) for v in verdicts.values() if not v.ok
     ]
     shares = {row[0]: row for row in verdicts["rehearsal_tp4"].tables[2].rows}
-    # Two KV heads on four ranks: a rank has 2 of 8 query heads and a copy of 1 KV head, so (2 + 2) / 12.
+    # Two KV heads, four ranks: each has 2 of 8 query heads and a copy of 1 KV head: (2 + 2) / 12.
     assert shares["model.layers.*.self_attn.qkv_proj.weight"][4:] == (
         0.333,
         "more ranks than KV heads: each holds a copy of one",

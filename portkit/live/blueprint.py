@@ -117,9 +117,7 @@ def workbench(port: Port, checkpoint: Checkpoint) -> Iterator[Workbench]:
     _register_config(checkpoint, port)
     config = engine_config(checkpoint)
     with set_current_vllm_config(config), tempfile.TemporaryDirectory() as folder:
-        parallel_state.init_distributed_environment(
-            1, 0, f"file://{folder}/rendezvous", 0, "gloo"
-        )
+        parallel_state.init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
         parallel_state.initialize_model_parallel(1)
         try:
             yield Workbench(port, checkpoint, cls, config)
@@ -129,7 +127,7 @@ def workbench(port: Port, checkpoint: Checkpoint) -> Iterator[Workbench]:
 
 
 def engine_config(checkpoint: Checkpoint, **options: Any) -> VllmConfig:
-    """Return what vLLM makes of the checkpoint's configuration; it refuses some rank counts here."""
+    """Return what vLLM makes of the checkpoint's configuration; some of it is refused here."""
     profile = Profile.for_device(find_device()[0])
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     arguments = {

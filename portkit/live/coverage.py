@@ -266,7 +266,7 @@ def _may_overlap(one: Write, other: Write) -> bool:
 def _by_intervals(
     whole: Write, writes: list[Write], constants: list[Write]
 ) -> tuple[int, int, int]:
-    """Return elements written, written more than once, and only by constants, for contiguous writes."""
+    """Return elements written, written more than once, and only by constants: contiguous writes."""
     events: list[tuple[int, int, int]] = []
     for group, members in enumerate((writes, constants)):
         for write in members:

@@ -1,4 +1,4 @@
-"""Checkpoints derived from a port's: with the head tied to the embedding, or with a head of its own.
+"""Checkpoints derived from a port's: the head tied to the embedding, or a head of its own.
 
 Only config.json and the shards that change are written; the others are linked.
 """
@@ -57,7 +57,7 @@ def tensors_for(checkpoint: Checkpoint, head: Head, tied: bool) -> tuple[TensorI
 
 
 def write_variant(checkpoint: Checkpoint, head: Head, tied: bool, target: Path) -> None:
-    """Write the checkpoint with a tied or an untied head; an untied one is the embedding turned around.
+    """Write the checkpoint with a tied or an untied head; an untied one is the embedding reversed.
 
     Its rows are in reverse order and its sign is changed, so that it cannot pass for the embedding.
     """

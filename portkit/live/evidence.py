@@ -30,7 +30,7 @@ _pieces: dict[str, _Piece] = {}
 def gather(
     context: CheckContext, check: str, job: str, *, timeout: float = 300.0, **args: Any
 ) -> JobResult:
-    """Return the result of a job on the port as it is now, from another check's run if there is one.
+    """Return the result of a job on the port as it is now, from another check's run if possible.
 
     `check` is the id of the check that asks. Results of failed jobs are shared too: an engine that
     does not start need not fail to start five times.

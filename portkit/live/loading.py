@@ -1,10 +1,10 @@
 """Load a port's blueprint from headers alone, and from checkpoints with one thing wrong with them.
 
 What is the port's duty and what is portkit's audit:
-- a tensor of another shape must not be reshaped to fit: the port's duty. vLLM's weight loaders raise,
+- a tensor of another shape must not be reshaped to fit: the port's duty. vLLM's loaders raise,
   except that a part of a fused layer with too many rows is cut, silently: the audit sees the rest;
 - the returned names must be those really written: the port's duty, since vLLM believes them;
-- a missing tensor leaves a parameter unwritten, an extra one is left over, a tensor that comes twice
+- a missing tensor leaves a parameter unwritten, an extra one is left over, one that comes twice
   overwrites itself: portkit's audit names each, whether or not anything is raised.
 """
 
@@ -37,7 +37,7 @@ def load(
     root: str,
     checkpoint: Checkpoint | None = None,
 ) -> Coverage:
-    """Run the port's load_weights on headers; on values if it asks for one and a checkpoint is given."""
+    """Run the port's load_weights on headers; on values if it needs them and they are given."""
     tensors = list(tensors)
     found = _load(blueprint, lambda: from_headers(tensors), root)
     if checkpoint is not None and any(word in found.error.get("what", "") for word in NO_VALUES):
@@ -80,7 +80,7 @@ class Bad:
 
 
 def bad_checkpoints(tensors: tuple[TensorInfo, ...], sound: Coverage) -> list[Bad]:
-    """Return one bad checkpoint of each kind for each kind of parameter, from how the sound one loads."""
+    """Return one bad checkpoint of each kind for each kind of parameter (`sound`: a good load)."""
     cases = []
     for info in _one_of_each(tensors, sound):
         rest = tuple(t for t in tensors if t.name != info.name)
@@ -118,7 +118,7 @@ def bad_checkpoints(tensors: tuple[TensorInfo, ...], sound: Coverage) -> list[Ba
 
 
 def _one_of_each(tensors: tuple[TensorInfo, ...], sound: Coverage) -> list[TensorInfo]:
-    """Return a tensor of each kind: weight or bias, in a layer or not, alone or a part of a fused one."""
+    """Return a tensor of each kind: weight or bias, in a layer or not, alone or a part."""
     fused = {s for f in sound.parameters.values() if len(f.sources) > 1 for s in f.sources}
     seen: dict[tuple[Any, ...], TensorInfo] = {}
     for info in tensors:
@@ -166,11 +166,13 @@ def judge(bad: Bad, found: Coverage, sound: Coverage) -> dict[str, Any]:
     sees = ""
     if bad.kind == "missing" and news:
         left = found.unwritten[news[0]]
-        sees = f"{news[0]}: {left.elements - left.written + left.constant} of {left.elements} elements unwritten"
+        count = left.elements - left.written + left.constant
+        sees = f"{news[0]}: {count} of {left.elements} elements unwritten"
     elif bad.kind in ("extra", "shape") and bad.tensor in found.unconsumed:
         sees = f"{bad.tensor} went nowhere"
     elif bad.kind == "shape" and bad.tensor in found.cut:
-        sees = f"only {found.tensors[bad.tensor]} of its {found.sizes[bad.tensor]} elements went anywhere"
+        count = found.tensors[bad.tensor]
+        sees = f"only {count} of its {found.sizes[bad.tensor]} elements went anywhere"
     elif bad.kind == "shape" and news:
         sees = f"{news[0]} is not full"
     elif bad.kind == "twice" and found.twice:

@@ -78,7 +78,7 @@ def coverage_table(whole: dict[str, Any]) -> Table:
 
 
 def coverage_problems(found: dict[str, Any], source: str) -> list[Problem]:
-    """Return what is wrong, most telling first: tensors that went nowhere, unfilled parameters, doubles."""
+    """Return what is wrong: tensors that went nowhere first, then unfilled parameters, doubles."""
     whole, lines = found["whole"], found["lines"]
     problems = [
         _unconsumed(group, whole, lines, found) for group in _groups(_truly_unconsumed(found))

@@ -21,7 +21,7 @@ class Peak:
 def peak_of(device: str) -> Iterator[Peak]:
     """Measure the block: this process's resident memory, on a GPU also what torch allocated there.
 
-    Memory-mapped files count as far as they were read: they are what a streaming loader keeps small.
+    Memory-mapped files count as far as they were read: they are what streaming keeps small.
     """
     import torch
 

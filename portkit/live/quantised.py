@@ -50,7 +50,7 @@ def format_for(device: str) -> Format:
 
 
 def plan(original: nn.Module, tensors: Collection[str], packed: dict[str, list[str]]) -> Plan:
-    """Choose the layers: all linears but the head, a fused group of the last layer, a single one of the first.
+    """Choose the layers: all linears but the head, a fused group of the last, one of the first.
 
     `original` is Transformers' model (it may be on the meta device), `packed` the port's
     packed_modules_mapping. A plan without `quantised` means that there is nothing to quantise.

@@ -18,7 +18,7 @@ PADDING = 64
 
 
 def refusal(config: dict[str, Any], ranks: int) -> str:
-    """Return why a model of this config cannot run on `ranks` ranks, or "" if nothing is against it."""
+    """Return why a model of this config cannot run on `ranks` ranks, or ""."""
     config = {**config, **(config.get("text_config") or {})}
     if ranks < 1:
         return f"{ranks} is no number of ranks."

@@ -2,8 +2,8 @@
 
 args: "variant", "" for the port's checkpoint, "tied" or "untied" for one derived from it.
 value: returned (the names that load_weights returned, None if it returned none), nan (parameter ->
-elements that are still NaN), coverage, memory, error (what load_weights or vLLM's own check raised),
-stopped (the engine ended after a bad load), cases, divergence, nan_case (one tensor with a NaN in it), lines.
+elements that are still NaN), coverage, memory, error (what load_weights or vLLM's check raised),
+stopped (the engine ended after a bad load), cases, divergence, nan_case (one tensor with a NaN).
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _layer(tensor: TensorInfo) -> str:
 
 @contextmanager
 def _audited(value: dict[str, Any], checkpoint: Checkpoint, root: str) -> Iterator[None]:
-    """Inside the block, vLLM's loader poisons the model first and writes what happened into `value`."""
+    """Inside the block, vLLM's loader poisons the model first and notes what happens in `value`."""
     original = DefaultModelLoader.load_weights
 
     def audited(self: DefaultModelLoader, model: nn.Module, model_config: Any) -> None:
@@ -158,7 +158,7 @@ def nans(model: nn.Module) -> dict[str, int]:
 
 
 def _nan_case(loader: DefaultModelLoader, model: nn.Module, model_config: Any) -> dict[str, Any]:
-    """Give load_weights a single tensor with one NaN in it: does anything raise, and does `nans` see it?"""
+    """Give load_weights one tensor with a NaN: does anything raise, and does `nans` see it?"""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data.zero_()

@@ -1,9 +1,10 @@
-"""Job: run the port on a quantised copy of its checkpoint, beside Transformers with the same rounding.
+"""Job: run the port on a quantised copy of its checkpoint, beside Transformers rounded alike.
 
 args: "loader", "portkit" (default) or "port".
 value: format, ignored, layers [path, class, members, expected, actual], cases [prompt, mean and
 largest difference to Transformers quantised alike, mean difference that quantising makes at all],
-difference, effect (means over all of them), tolerance [part of the effect, reason]; "nothing" with a reason instead, if the model has nothing to quantise.
+difference, effect (means over all of them), tolerance [part of the effect, reason];
+"nothing" with a reason instead, if the model has nothing to quantise.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ TOLERANCE = {
         "as on the CPU, and vLLM's 8-bit kernels answer in bfloat16, of two to three digits",
     ),
 }
-"""Per device: the largest mean |difference| of log-probabilities, as a part of what quantising itself changes."""
+"""Per device: the largest mean |difference| of log-probabilities, as a part of the effect."""
 
 
 def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
-    """Quantise, run, compare; what vLLM or the port says to the quantised checkpoint passes through."""
+    """Quantise, run, compare; what vLLM or the port raises passes through."""
     port = Port(Path(request.port_root))
     checkpoint = open_checkpoint(port.checkpoint)
     device = find_device()[0]

@@ -55,6 +55,18 @@ def grouped(rows: Iterable[Row], kinds: Collection[str]) -> list[tuple[str, int,
     return [(key[0], len(same), same[0]) for key, same in found.items()]
 
 
+def advice_on_start(what: str) -> str:
+    """Return what to do when vLLM does not even build the model, or "" if its own words must do."""
+    if "does not support `--runner" in what:
+        return "vLLM finds no text-generation interface on the class: step `forward` comes first."
+    if "Duplicate layer name" in what:
+        return (
+            'Give each Attention its own name: prefix=f"{prefix}.attn", with the layer\'s prefix '
+            "handed down from make_layers."
+        )
+    return ""
+
+
 # ---- classes ------------------------------------------------------------------------------------
 
 
@@ -324,6 +336,14 @@ def talks(layout: dict[str, Any], collectives: dict[str, dict[str, int]]) -> lis
             collectives.get(path.rpartition(".")[0].rsplit(".", n)[0], {}).get("all_reduce")
             for n in (0, 1)
         )
+        spare = total > sum(needed.values())
+        if not kind:
+            # The port's own code calls it, e.g. to gather for a norm over all heads. One thing is
+            # wrong for sure: to reduce again what a layer inside has reduced already.
+            spare = "all_reduce" in own and any(
+                "all_reduce" in calls and inner.startswith(f"{path}.")
+                for inner, calls in collectives.items()
+            )
         key = pattern(path)
         before = found.get(key)
         found[key] = Talk(
@@ -331,9 +351,9 @@ def talks(layout: dict[str, Any], collectives: dict[str, dict[str, int]]) -> lis
             (before.modules if before else 0) + 1,
             ", ".join(f"{n} {c}" for c, n in own.items())
             or ("by the module around it" if around else "none"),
-            ", ".join(f"{n} {c}" for c, n in needed.items()) or "none",
+            ", ".join(f"{n} {c}" for c, n in needed.items()) or ("none" if kind else "as coded"),
             row["line"],
             bool(before and before.missing) or (bool(needed) and not total and not around),
-            bool(before and before.spare) or total > sum(needed.values()),
+            bool(before and before.spare) or spare,
         )
     return list(found.values())

@@ -14,7 +14,6 @@ from portkit.checks.verdict import Table, Verdict
 from portkit.live import layers
 from portkit.live.checkpoint import open_checkpoint
 from portkit.live.evidence import gather
-from portkit.live.job import JobResult
 from portkit.steps.parallel.rehearsals import (
     STEP,
     RehearsalTp1,
@@ -39,7 +38,7 @@ class LayerClasses(Check):
     def run(self, context: CheckContext) -> Verdict:
         job = gather(context, self.id, "layout")
         if not job.ok:
-            return self.failed_job(job)
+            return self.failed_job(job, next=layers.advice_on_start(job.what))
         found = job.value
         rows = []
         kinds = (*layers.VLLM_KINDS, "logits", "nn.Linear", "nn.Embedding")
@@ -110,7 +109,7 @@ class Prefixes(Check):
     def run(self, context: CheckContext) -> Verdict:
         job = gather(context, self.id, "layout")
         if not job.ok:
-            return self.failed_job(job, next=_prefix_remedy(job))
+            return self.failed_job(job, next=layers.advice_on_start(job.what))
         rows = [row for row in job.value["modules"] if row["kind"] in layers.VLLM_KINDS]
         table = Table(
             "What each layer was given",
@@ -162,15 +161,6 @@ class Prefixes(Check):
         )
 
 
-def _prefix_remedy(job: JobResult) -> str:
-    if "Duplicate layer name" in job.what:
-        return (
-            'Give each Attention its own name: prefix=f"{prefix}.attn", with the layer\'s prefix '
-            "handed down from make_layers."
-        )
-    return ""
-
-
 class ImpossibleRanks(Check):
     """Rank counts that cannot work are refused with a reason, and no others are.
 
@@ -186,7 +176,7 @@ class ImpossibleRanks(Check):
     def run(self, context: CheckContext) -> Verdict:
         job = gather(context, self.id, "layout")
         if not job.ok:
-            return self.failed_job(job)
+            return self.failed_job(job, next=layers.advice_on_start(job.what))
         ranks = job.value["ranks"]
         table = Table(
             "Ranks that this model allows",

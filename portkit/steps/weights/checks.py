@@ -15,7 +15,7 @@ from portkit.checks.verdict import Table, Verdict
 from portkit.live import loads
 from portkit.live.evidence import gather
 from portkit.live.job import JobResult
-from portkit.live.layers import pattern
+from portkit.live.layers import advice_on_start, pattern
 from portkit.steps.weights.parity import (
     STEP,
     LoadParity,
@@ -41,7 +41,7 @@ class CoverageCheck(Check):
     def run(self, context: CheckContext) -> Verdict:
         job = gather(context, self.id, "coverage")
         if not job.ok:
-            return self.failed_job(job)
+            return self.failed_job(job, next=advice_on_start(job.what))
         found = job.value
         table = loads.coverage_table(found["whole"])
         if found["whole"]["error"]:
@@ -100,7 +100,7 @@ class PoisonedLoad(Check):
     def run(self, context: CheckContext) -> Verdict:
         job = gather(context, self.id, "load", variant="")
         if not job.ok:
-            return self.failed_job(job)
+            return self.failed_job(job, next=advice_on_start(job.what))
         found = job.value
         port = context.port
         left = loads.nan_rows(found)
@@ -177,7 +177,7 @@ class BadCheckpoints(Check):
     def run(self, context: CheckContext) -> Verdict:
         job = gather(context, self.id, "coverage")
         if not job.ok:
-            return self.failed_job(job)
+            return self.failed_job(job, next=advice_on_start(job.what))
         cases = [*job.value["bad"]]
         live = gather(context, self.id, "load", variant="")
         nan = live.value.get("nan_case") if live.ok else None
@@ -250,7 +250,7 @@ class LoadMemory(Check):
     def run(self, context: CheckContext) -> Verdict:
         job = gather(context, self.id, "load", variant="")
         if not job.ok:
-            return self.failed_job(job)
+            return self.failed_job(job, next=advice_on_start(job.what))
         memory = job.value["memory"]
         allowed = max(memory["largest_layer"], memory["largest_tensor"]) + memory["largest_tensor"]
         limit = memory["model"] + memory["largest_shard"] + self.SLACK

@@ -56,4 +56,6 @@ def step(name: str | int) -> Step:
         if str(name) in (candidate.id, str(candidate.number), candidate.notebook):
             return candidate
     known = ", ".join(f"{s.number} {s.id}" for s in steps())
-    raise PortkitError(f"There is no step {name!r}.", "portkit/curriculum.toml", f"Choose one of: {known}.")
+    raise PortkitError(
+        f"There is no step {name!r}.", "portkit/curriculum.toml", f"Choose one of: {known}."
+    )

@@ -9,7 +9,13 @@ import pytest
 from portkit.checks.base import CheckContext
 from portkit.create import new_port
 from portkit.live.client import live_for
-from portkit.steps.out_of_tree.checks import FreshProcess, Installs, NoCudaOnImport, RunpyWrapper, Serves
+from portkit.steps.out_of_tree.checks import (
+    FreshProcess,
+    Installs,
+    NoCudaOnImport,
+    RunpyWrapper,
+    Serves,
+)
 from portkit.steps.out_of_tree.draft import draft
 
 GOLDEN = Path(__file__).parent / "ports" / "helium" / "weights.py"
@@ -18,7 +24,9 @@ pytestmark = pytest.mark.vllm
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory):
-    port = new_port("helium", architecture="HeliumForCausalLM", root=tmp_path_factory.mktemp("ports"))
+    port = new_port(
+        "helium", architecture="HeliumForCausalLM", root=tmp_path_factory.mktemp("ports")
+    )
     port.apply({port.modeling: GOLDEN.read_text()}, "the finished port")
     return port
 
@@ -46,9 +54,21 @@ def test_before_the_draft_nothing_is_registered(port):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("    from vllm import", "    import torch; torch.zeros(1, device='cuda')\n    from vllm import", "initialises CUDA"),
-        ('        "HeliumForCausalLM",\n', '        "HeliumForCasualLM",\n', "does not know HeliumForCausalLM"),
-        ("    from vllm import", "    import vllm_helium.modeling_helium\n    from vllm import", "imports vllm_helium.modeling_helium"),
+        (
+            "    from vllm import",
+            "    import torch; torch.zeros(1, device='cuda')\n    from vllm import",
+            "initialises CUDA",
+        ),
+        (
+            '        "HeliumForCausalLM",\n',
+            '        "HeliumForCasualLM",\n',
+            "does not know HeliumForCausalLM",
+        ),
+        (
+            "    from vllm import",
+            "    import vllm_helium.modeling_helium\n    from vllm import",
+            "imports vllm_helium.modeling_helium",
+        ),
         ("    from vllm import", "    from vlm import", "register() fails"),
     ],
 )

@@ -15,7 +15,7 @@ from portkit.steps.register.checks import PatchApplies, RegistryTests, Resolves
 from portkit.steps.register.draft import SECTION, draft, patch_path
 
 GOLDEN = Path(__file__).parent / "ports" / "helium" / "weights.py"
-TABLE = '''_MODELS = {
+TABLE = """_MODELS = {
     # [Decoder-only]
     "AForCausalLM": ("a", "AForCausalLM"),
     # FIXME: gone from the hub
@@ -27,12 +27,14 @@ TABLE = '''_MODELS = {
     # [Encoder-decoder]
     "DForConditionalGeneration": ("d", "D"),
 }
-'''
+"""
 
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory):
-    port = new_port("helium", architecture="HeliumForCausalLM", root=tmp_path_factory.mktemp("ports"))
+    port = new_port(
+        "helium", architecture="HeliumForCausalLM", root=tmp_path_factory.mktemp("ports")
+    )
     port.apply({port.modeling: GOLDEN.read_text()}, "the finished port")
     return port
 
@@ -43,15 +45,22 @@ def context(port) -> CheckContext:
 
 @pytest.mark.parametrize(
     ("key", "above"),
-    [("AgForCausalLM", '    "AForCausalLM": ("a", "AForCausalLM"),'), ("ZForCausalLM", '    "bForCausalLM": ("b", "bForCausalLM"),')],
+    [
+        ("AgForCausalLM", '    "AForCausalLM": ("a", "AForCausalLM"),'),
+        ("ZForCausalLM", '    "bForCausalLM": ("b", "bForCausalLM"),'),
+    ],
 )
 def test_a_row_goes_to_its_place_inside_its_section(key, above):
-    lines = rows.add_dict_row(TABLE, "_MODELS", SECTION, key, f'    "{key}": ("x", "{key}"),\n').splitlines()
+    lines = rows.add_dict_row(
+        TABLE, "_MODELS", SECTION, key, f'    "{key}": ("x", "{key}"),\n'
+    ).splitlines()
     assert lines[lines.index(f'    "{key}": ("x", "{key}"),') - 1] == above
 
 
 def test_a_comment_stays_with_the_row_below_it():
-    text = rows.add_dict_row(TABLE, "_MODELS", SECTION, "BForCausalLM", '    "BForCausalLM": ("x", "B"),\n')
+    text = rows.add_dict_row(
+        TABLE, "_MODELS", SECTION, "BForCausalLM", '    "BForCausalLM": ("x", "B"),\n'
+    )
     assert text.index('"BForCausalLM"') < text.index("# FIXME") < text.index('"CForCausalLM"')
 
 
@@ -115,8 +124,16 @@ class TestThePatch:
     @pytest.mark.parametrize(
         ("old", "new", "said"),
         [
-            ('+    "HeliumForCausalLM": ("helium", "HeliumForCausalLM"),\n', "", "git apply refuses"),
-            ('+    "HeliumForCausalLM": ("helium"', '+    "HeliumForCasualLM": ("helium"', "no row"),
+            (
+                '+    "HeliumForCausalLM": ("helium", "HeliumForCausalLM"),\n',
+                "",
+                "git apply refuses",
+            ),
+            (
+                '+    "HeliumForCausalLM": ("helium"',
+                '+    "HeliumForCasualLM": ("helium"',
+                "no row",
+            ),
         ],
     )
     def test_a_spoilt_patch_is_seen(self, port, old, new, said):

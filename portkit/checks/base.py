@@ -47,29 +47,54 @@ class Check(ABC):
     def proves(cls) -> str:
         return inspect.cleandoc(cls.__doc__ or "")
 
-    def passed(self, what: str, *tables: Table, job: JobResult | None = None, **more: Any) -> Verdict:
+    def passed(
+        self, what: str, *tables: Table, job: JobResult | None = None, **more: Any
+    ) -> Verdict:
         return self._verdict("passed", what, tables, job, more)
 
     def failed(
-        self, what: str, *tables: Table, where: str = "", next: str = "", causes: tuple[str, ...] = (),
-        job: JobResult | None = None, **more: Any,
+        self,
+        what: str,
+        *tables: Table,
+        where: str = "",
+        next: str = "",
+        causes: tuple[str, ...] = (),
+        job: JobResult | None = None,
+        **more: Any,
     ) -> Verdict:
-        return self._verdict("failed", what, tables, job, {"where": where, "next": next, "causes": causes, **more})
+        return self._verdict(
+            "failed", what, tables, job, {"where": where, "next": next, "causes": causes, **more}
+        )
 
-    def skipped(self, reason: str, *tables: Table, job: JobResult | None = None, **more: Any) -> Verdict:
+    def skipped(
+        self, reason: str, *tables: Table, job: JobResult | None = None, **more: Any
+    ) -> Verdict:
         return self._verdict("skipped", reason, tables, job, more)
 
     def failed_job(self, job: JobResult, next: str = "") -> Verdict:
         """Turn a job that did not finish (error, crash, timeout) into a failed verdict."""
         return self._verdict(
-            "failed", job.what, (), job,
+            "failed",
+            job.what,
+            (),
+            job,
             {"where": job.where, "next": next or job.next, "log": job.log_tail},
         )
 
     def _verdict(self, status, what, tables, job, more) -> Verdict:
         if job is not None:
-            more = {"device": job.device, "device_reason": job.device_reason, "seconds": job.seconds, **more}
+            more = {
+                "device": job.device,
+                "device_reason": job.device_reason,
+                "seconds": job.seconds,
+                **more,
+            }
         return Verdict(
-            check=self.id, step=self.step, title=self.title, status=status, what=what,
-            tables=tuple(tables), **more,
+            check=self.id,
+            step=self.step,
+            title=self.title,
+            status=status,
+            what=what,
+            tables=tuple(tables),
+            **more,
         )

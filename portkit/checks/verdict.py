@@ -53,7 +53,12 @@ class Verdict:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Verdict:
         tables = tuple(
-            Table(t["title"], tuple(t["columns"]), tuple(tuple(r) for r in t["rows"]), t.get("note", ""))
+            Table(
+                t["title"],
+                tuple(t["columns"]),
+                tuple(tuple(r) for r in t["rows"]),
+                t.get("note", ""),
+            )
             for t in data.get("tables", ())
         )
         known = {k: v for k, v in data.items() if k in cls.__dataclass_fields__}

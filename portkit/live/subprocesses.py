@@ -22,7 +22,12 @@ from portkit.errors import PortkitError
 from portkit.live.environment import JOBS_OWN, readers_environment
 
 SCRIPTS = Path(__file__).parent / "scripts"
-INHERITED_DROP = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_PLUGINS", "TQDM_DISABLE")
+INHERITED_DROP = (
+    "VLLM_ENABLE_V1_MULTIPROCESSING",
+    "VLLM_WORKER_MULTIPROC_METHOD",
+    "VLLM_PLUGINS",
+    "TQDM_DISABLE",
+)
 """Settings of the worker that a user's own process would not have."""
 
 
@@ -52,7 +57,11 @@ def run_script(
         stream.flush()
         done = subprocess.run(
             [python, str(SCRIPTS / script), stream.name],
-            cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            cwd=cwd,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
     print(done.stdout)  # into the job's log
     for line in reversed(done.stdout.splitlines()):
@@ -60,7 +69,8 @@ def run_script(
             return json.loads(line.removeprefix("RESULT "))
     raise PortkitError(
         f"A fresh process failed (exit {done.returncode}): {last_error(done.stdout)}",
-        script, "The whole output is in the job's log, under .portkit/logs of the port.",
+        script,
+        "The whole output is in the job's log, under .portkit/logs of the port.",
     )
 
 
@@ -75,7 +85,9 @@ def last_error(output: str) -> str:
 
 def _is_error(line: str) -> bool:
     head = line.split(":", 1)[0].split(" ")[-1]
-    return ":" in line and (head.endswith(("Error", "Exception", "Interrupt")) or head == "pydantic_core")
+    return ":" in line and (
+        head.endswith(("Error", "Exception", "Interrupt")) or head == "pydantic_core"
+    )
 
 
 def free_port() -> int:
@@ -87,8 +99,14 @@ def free_port() -> int:
 
 @contextmanager
 def server(
-    command: list[str], port: int, *, cwd: Path, environment: dict[str, str], log: Path,
-    say: Callable[[str], None], timeout: float,
+    command: list[str],
+    port: int,
+    *,
+    cwd: Path,
+    environment: dict[str, str],
+    log: Path,
+    say: Callable[[str], None],
+    timeout: float,
 ) -> Iterator[str]:
     """Run a server until the block ends; yield its base URL once `/health` answers.
 
@@ -96,7 +114,9 @@ def server(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as stream:
-        process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=cwd, env=environment, stdout=stream, stderr=subprocess.STDOUT
+        )
         base, began = f"http://127.0.0.1:{port}", time.monotonic()
         try:
             while not _healthy(base):
@@ -104,11 +124,14 @@ def server(
                 if process.poll() is not None:
                     raise PortkitError(
                         f"The server stopped (exit {process.returncode}): {last_error(log.read_text())}",
-                        str(log), "Read its log there.",
+                        str(log),
+                        "Read its log there.",
                     )
                 if spent > timeout:
                     raise PortkitError(
-                        f"The server was not up after {spent:.0f} s.", str(log), "Read its log there."
+                        f"The server was not up after {spent:.0f} s.",
+                        str(log),
+                        "Read its log there.",
                     )
                 if int(spent) % 10 == 0:
                     say(f"waiting for the server ({spent:.0f} s)")

@@ -46,9 +46,11 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise PortkitError(
-            f"{path.name} cannot be read as plain tensors: {str(error).splitlines()[0]}",
+            f"{path.name} cannot be read as plain tensors: it is damaged, was not written by "
+            "`torch.save`, or holds objects whose loading runs code.",
             str(path),
-            "Convert it yourself where you trust it: load it and `save_pretrained`.",
+            "Download it again, or convert it yourself where you trust it: load it with "
+            "Transformers and `save_pretrained`.",
         ) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
     # A clone each: tied tensors share memory, which safetensors does not store.

@@ -22,7 +22,13 @@ from portkit.live.subprocesses import run_script, user_environment
 from portkit.port import Port
 
 TOKENS = 12
-USER_OPTIONS = ("dtype", "enforce_eager", "max_num_seqs", "gpu_memory_utilization", "attention_config")
+USER_OPTIONS = (
+    "dtype",
+    "enforce_eager",
+    "max_num_seqs",
+    "gpu_memory_utilization",
+    "attention_config",
+)
 """What a fresh process needs of the profile: float32 (so that tokens must be equal) and a small engine."""
 
 
@@ -35,7 +41,8 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     options = {k: v for k, v in profile.options.items() if k in USER_OPTIONS}
     say("a fresh Python process, with nothing of portkit")
     answer = run_script(
-        request.args["python"] or sys.executable, "fresh_engine.py",
+        request.args["python"] or sys.executable,
+        "fresh_engine.py",
         {
             "architecture": port.architecture,
             "checkpoint": str(port.checkpoint.resolve()),

@@ -46,7 +46,12 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     port = Port(Path(request.port_root))
     checkpoint = open_checkpoint(port.checkpoint)
     longest = min(int(checkpoint.config.get("max_position_embeddings") or 512), 512)
-    options = {**USERS, "enforce_eager": args["eager"], "dtype": args["dtype"], "max_model_len": longest}
+    options = {
+        **USERS,
+        "enforce_eager": args["eager"],
+        "dtype": args["dtype"],
+        "max_model_len": longest,
+    }
     if args["dtype"] == "auto":
         options["attention_config"] = None  # vLLM's own choice of kernel
     say(f"starting vLLM as users do ({args['dtype']}, {args['tensor_parallel_size']} ranks)")
@@ -87,7 +92,9 @@ def _how(engine: Engine) -> dict[str, Any]:
 
 def _compiled_modules(model: Any) -> list[str]:
     """Runs on each rank: the modules that @support_torch_compile compiled."""
-    return [type(m).__name__ for m in model.modules() if getattr(m, "do_not_compile", True) is False]
+    return [
+        type(m).__name__ for m in model.modules() if getattr(m, "do_not_compile", True) is False
+    ]
 
 
 def _total(schedule: Sequence[dict[str, int]]) -> int:
@@ -95,11 +102,16 @@ def _total(schedule: Sequence[dict[str, int]]) -> int:
 
 
 def _row(
-    prompt: Sequence[int], expected: tuple[tuple[int, ...], np.ndarray], once: Generated, again: Generated,
+    prompt: Sequence[int],
+    expected: tuple[tuple[int, ...], np.ndarray],
+    once: Generated,
+    again: Generated,
     floor: np.ndarray,
 ) -> dict[str, Any]:
     tokens, rows = expected
-    mismatch = next((i for i, (a, b) in enumerate(zip(tokens, once.tokens, strict=True)) if a != b), None)
+    mismatch = next(
+        (i for i, (a, b) in enumerate(zip(tokens, once.tokens, strict=True)) if a != b), None
+    )
     # Behind a first other token the two sides are asked different questions.
     until = len(tokens) if mismatch is None else mismatch + 1
     gap = np.abs(once.logprobs[:until] - rows[:until])
@@ -117,7 +129,9 @@ def _row(
 
 
 def _floors(
-    reference: Reference, dtype: str, prompts: Sequence[Sequence[int]],
+    reference: Reference,
+    dtype: str,
+    prompts: Sequence[Sequence[int]],
     expected: Sequence[tuple[tuple[int, ...], np.ndarray]],
 ) -> list[np.ndarray]:
     """Return, per prompt, how far Transformers in `dtype` is from Transformers in float32."""
@@ -136,7 +150,9 @@ def _floors(
 
 
 def _by_vllm_rule(
-    source: Path, expected: Sequence[tuple[tuple[int, ...], np.ndarray]], found: Sequence[Generated],
+    source: Path,
+    expected: Sequence[tuple[tuple[int, ...], np.ndarray]],
+    found: Sequence[Generated],
 ) -> dict[str, Any]:
     """Apply check_logprobs_close of vLLM's tests/models/utils.py."""
     sys.path.append(str(source))
@@ -148,14 +164,17 @@ def _by_vllm_rule(
             check_logprobs_close(
                 outputs_0_lst=[_as_vllm_tests(*e) for e in expected],
                 outputs_1_lst=[_as_vllm_tests(g.tokens, g.logprobs) for g in found],
-                name_0="transformers", name_1="vllm",
+                name_0="transformers",
+                name_1="vllm",
             )
         except AssertionError as error:
             return {"ok": False, "text": str(error)[:1500], "mismatches": len(said)}
     return {"ok": True, "text": "", "mismatches": len(said)}
 
 
-def _as_vllm_tests(tokens: Sequence[int], rows: np.ndarray) -> tuple[list[int], str, list[dict[int, float]]]:
+def _as_vllm_tests(
+    tokens: Sequence[int], rows: np.ndarray
+) -> tuple[list[int], str, list[dict[int, float]]]:
     tops = [np.argsort(row)[::-1][:TOP] for row in rows]
     tables = [{int(i): float(row[i]) for i in top} for row, top in zip(rows, tops, strict=True)]
     return list(tokens), " ".join(map(str, tokens)), tables

@@ -36,8 +36,9 @@ TOLERANCE = {
         "what quantising moves it",
     ),
     "cuda": (
-        0.5,
-        "as on the CPU, and vLLM's 8-bit kernels answer in bfloat16, of two to three digits",
+        0.9,
+        "as on the CPU, and vLLM's fp8 kernels answer in float16, so that more activations cross a "
+        "step: 0.65 was measured on an H200, and 1.1 with one scale of one layer off by half",
     ),
 }
 """Per device: the largest mean |difference| of log-probabilities, as a part of the effect."""
@@ -59,8 +60,9 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     write_copy(checkpoint, folder, chosen, format)
     options: dict[str, Any] = {}
     if device == "cuda":
-        # The 8-bit kernels give no float32; with bfloat16 vLLM may choose its usual attention.
-        options = {"dtype": "bfloat16", "attention_config": None}
+        # The 8-bit kernels give no float32. Of the two that they give, float16 has three bits more,
+        # so fewer activations cross a rounding step; vLLM may choose its usual attention.
+        options = {"dtype": "float16", "attention_config": None}
     say(f"starting vLLM on the {format} copy")
     with start(
         port.root, loader=request.args.get("loader", "portkit"), checkpoint=folder, **options

@@ -14,6 +14,9 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     """Return the answer of scripts/register_twice.py; raise PortkitError if that process fails."""
     say("loading the plugin twice in a fresh process")
     return run_script(
-        request.args["python"], "register_twice.py", request.args, cwd=Path(request.args["cwd"]),
+        request.args["python"],
+        "register_twice.py",
+        request.args,
+        cwd=Path(request.args["cwd"]),
         environment=user_environment(),
     )

@@ -38,7 +38,8 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     checkpoint = open_checkpoint(port.checkpoint)
     if not (checkpoint.root / "tokenizer.json").is_file():
         raise PortkitError(
-            "The checkpoint has no tokenizer.json, so no text can be served.", str(checkpoint.root),
+            "The checkpoint has no tokenizer.json, so no text can be served.",
+            str(checkpoint.root),
             "Put the model's tokenizer files beside its weights.",
         )
     texts = prompts_for(port, checkpoint, longest=256).texts or ("Once upon a time",)
@@ -48,8 +49,13 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     began = time.monotonic()
     say("starting the server: " + " ".join(request.args["command"][-4:]))
     with server(
-        command, number, cwd=Path(request.args["cwd"]), environment=user_environment(request.args["environment"]),
-        log=port.state_dir / "logs" / "server.log", say=say, timeout=UP_SECONDS,
+        command,
+        number,
+        cwd=Path(request.args["cwd"]),
+        environment=user_environment(request.args["environment"]),
+        log=port.state_dir / "logs" / "server.log",
+        say=say,
+        timeout=UP_SECONDS,
     ) as base:
         seconds_up = time.monotonic() - began
         client = openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0, timeout=120)
@@ -71,8 +77,17 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
 def _options(config: dict[str, Any]) -> list[str]:
     options = Profile.for_device(find_device()[0]).options
     longest = min(int(config.get("max_position_embeddings") or 512), 512)
-    words = ["--host", "127.0.0.1", "--dtype", options["dtype"], "--enforce-eager",
-             "--max-model-len", str(longest), "--max-num-seqs", "8"]
+    words = [
+        "--host",
+        "127.0.0.1",
+        "--dtype",
+        options["dtype"],
+        "--enforce-eager",
+        "--max-model-len",
+        str(longest),
+        "--max-num-seqs",
+        "8",
+    ]
     if "gpu_memory_utilization" in options:
         words += ["--gpu-memory-utilization", str(options["gpu_memory_utilization"])]
     if "attention_config" in options:
@@ -83,26 +98,40 @@ def _options(config: dict[str, Any]) -> list[str]:
 def _complete(client: openai.OpenAI, model: str, text: str) -> dict[str, Any]:
     answer = client.completions.create(model=model, prompt=text, max_tokens=TOKENS, temperature=0.0)
     choice = answer.choices[0]
-    return {"endpoint": "/v1/completions", "prompt": text, "text": choice.text, "finish_reason": choice.finish_reason}
-
-
-def _chat(client: openai.OpenAI, model: str, text: str) -> dict[str, Any]:
-    answer = client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": text}], max_tokens=TOKENS, temperature=0.0
-    )
-    choice = answer.choices[0]
     return {
-        "endpoint": "/v1/chat/completions", "prompt": text, "text": choice.message.content,
+        "endpoint": "/v1/completions",
+        "prompt": text,
+        "text": choice.text,
         "finish_reason": choice.finish_reason,
     }
 
 
-def _expect(answer: dict[str, Any], reference: Reference, tokenizer: Any, root: Path) -> dict[str, Any]:
+def _chat(client: openai.OpenAI, model: str, text: str) -> dict[str, Any]:
+    answer = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": text}],
+        max_tokens=TOKENS,
+        temperature=0.0,
+    )
+    choice = answer.choices[0]
+    return {
+        "endpoint": "/v1/chat/completions",
+        "prompt": text,
+        "text": choice.message.content,
+        "finish_reason": choice.finish_reason,
+    }
+
+
+def _expect(
+    answer: dict[str, Any], reference: Reference, tokenizer: Any, root: Path
+) -> dict[str, Any]:
     """Add what Transformers says: its greedy tokens up to the end-of-text token."""
     if answer["endpoint"].endswith("chat/completions"):
         ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": answer["prompt"]}], add_generation_prompt=True,
-            tokenize=True, return_dict=True,
+            [{"role": "user", "content": answer["prompt"]}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
         )["input_ids"]
     else:
         ids = tokenizer(answer["prompt"])["input_ids"]

@@ -60,18 +60,26 @@ def _prompts(checkpoint: Checkpoint, count: int, length: int) -> list[list[int]]
     return [list(random_ids(vocab, length, seed=1000 + n)) for n in range(count)]
 
 
-def _transformers(port: Port, checkpoint: Checkpoint, dtype: str, args: dict[str, Any]) -> tuple[Generate, dict]:
+def _transformers(
+    port: Port, checkpoint: Checkpoint, dtype: str, args: dict[str, Any]
+) -> tuple[Generate, dict]:
     device = "cuda" if find_device()[0] == "cuda" else "cpu"
     cls = original_class(port)
-    model = cls.from_pretrained(str(checkpoint.root), dtype=getattr(torch, dtype), local_files_only=True)
+    model = cls.from_pretrained(
+        str(checkpoint.root), dtype=getattr(torch, dtype), local_files_only=True
+    )
     model = model.to(device).eval()
 
     def generate(batch: int) -> int:
         ids = torch.tensor(_prompts(checkpoint, batch, args["tokens_in"]), device=device)
         with torch.inference_mode():
             made = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=-1,
-                max_new_tokens=args["tokens_out"], min_new_tokens=args["tokens_out"],
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                eos_token_id=-1,
+                max_new_tokens=args["tokens_out"],
+                min_new_tokens=args["tokens_out"],
             )
         return int(made.shape[0] * (made.shape[1] - ids.shape[1]))
 
@@ -79,12 +87,18 @@ def _transformers(port: Port, checkpoint: Checkpoint, dtype: str, args: dict[str
 
 
 def _vllm(
-    port: Port, checkpoint: Checkpoint, dtype: str, eager: bool, args: dict[str, Any],
+    port: Port,
+    checkpoint: Checkpoint,
+    dtype: str,
+    eager: bool,
+    args: dict[str, Any],
 ) -> tuple[Generate, dict]:
     way = args["way"]
     native = port.architecture in ModelRegistry.get_supported_archs()
     if way == "native" and not native:
-        raise PortkitError(f"vLLM has no class of its own for {port.architecture}.", "vLLM's registry", "")
+        raise PortkitError(
+            f"vLLM has no class of its own for {port.architecture}.", "vLLM's registry", ""
+        )
     if way == "port":
         ModelRegistry.register_model(port.architecture, port_class(port))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -93,16 +107,27 @@ def _vllm(
         torch.compiler.set_stance("force_eager")
     memory = Profile.for_device(find_device()[0]).options.get("gpu_memory_utilization")
     llm = LLM(
-        str(checkpoint.root), skip_tokenizer_init=True, dtype=dtype, enforce_eager=eager,
+        str(checkpoint.root),
+        skip_tokenizer_init=True,
+        dtype=dtype,
+        enforce_eager=eager,
         model_impl="transformers" if way == "transformers_backend" else "vllm",
         # A repeat must compute its prompts again, as Transformers does.
         enable_prefix_caching=False,
-        max_model_len=args["tokens_in"] + args["tokens_out"], max_num_seqs=max(args["batches"]),
-        disable_log_stats=True, **({"gpu_memory_utilization": memory} if memory else {}),
+        max_model_len=args["tokens_in"] + args["tokens_out"],
+        max_num_seqs=max(args["batches"]),
+        disable_log_stats=True,
+        **({"gpu_memory_utilization": memory} if memory else {}),
     )
-    (served,) = set(llm.apply_model(lambda model: f"{type(model).__module__}.{type(model).__qualname__}"))
+    (served,) = set(
+        llm.apply_model(lambda model: f"{type(model).__module__}.{type(model).__qualname__}")
+    )
     sampling = SamplingParams(
-        temperature=0.0, max_tokens=args["tokens_out"], min_tokens=args["tokens_out"], ignore_eos=True, detokenize=False
+        temperature=0.0,
+        max_tokens=args["tokens_out"],
+        min_tokens=args["tokens_out"],
+        ignore_eos=True,
+        detokenize=False,
     )
 
     def generate(batch: int) -> int:

@@ -25,8 +25,12 @@ def main() -> None:
     from vllm.model_executor.models import ModelRegistry
 
     llm = vllm.LLM(request["checkpoint"], skip_tokenizer_init=True, **request["options"])
-    sampling = vllm.SamplingParams(temperature=0.0, max_tokens=request["max_tokens"], ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in request["prompts"]], sampling, use_tqdm=False)
+    sampling = vllm.SamplingParams(
+        temperature=0.0, max_tokens=request["max_tokens"], ignore_eos=True
+    )
+    outputs = llm.generate(
+        [{"prompt_token_ids": p} for p in request["prompts"]], sampling, use_tqdm=False
+    )
     module, name, file = llm.apply_model(class_and_file)[0]
     answer = {
         "model_class": [module, name],

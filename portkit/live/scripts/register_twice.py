@@ -34,7 +34,11 @@ def main() -> None:
                 register()
     except BaseException as problem:
         error = f"{type(problem).__name__}: {problem}"
-        frames = [f for f in traceback.extract_tb(problem.__traceback__) if request["package"] in f.filename]
+        frames = [
+            f
+            for f in traceback.extract_tb(problem.__traceback__)
+            if request["package"] in f.filename
+        ]
         where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     from vllm.model_executor.models import ModelRegistry
 

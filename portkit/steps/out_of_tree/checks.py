@@ -45,9 +45,13 @@ class Installs(Check):
         table = Table("Entry points of the port", ("group", "name", "value"), tuple(points))
         if not any(group == GROUP for group, _, _ in points):
             return self.failed(
-                f"The port has no entry point in the group {GROUP!r}.", table, where="pyproject.toml",
+                f"The port has no entry point in the group {GROUP!r}.",
+                table,
+                where="pyproject.toml",
                 next=f'Under [project.entry-points."{GROUP}"] say: {port.name} = "{port.package}:register"',
-                causes=("The group's name is misspelt: nothing reports that, the plugin is never called.",),
+                causes=(
+                    "The group's name is misspelt: nothing reports that, the plugin is never called.",
+                ),
             )
         return self.passed(f"Installed. In your own environment: pip install -e {port.root}", table)
 
@@ -68,8 +72,13 @@ class NoCudaOnImport(Check):
     def run(self, context: CheckContext) -> Verdict:
         port = context.port
         job = context.live.run(
-            "register_twice", timeout=self.timeout, progress=context.progress, cwd=str(port.state_dir),
-            python=plugin_environment(port).python, package=port.package, module=port.module,
+            "register_twice",
+            timeout=self.timeout,
+            progress=context.progress,
+            cwd=str(port.state_dir),
+            python=plugin_environment(port).python,
+            package=port.package,
+            module=port.module,
             architecture=port.architecture,
         )
         if not job.ok:
@@ -77,24 +86,31 @@ class NoCudaOnImport(Check):
         answer, where = job.value, f"{port.package}/__init__.py"
         if answer["cuda_opened"] or answer["cuda_initialized"]:
             return self.failed(
-                "Registering the port initialises CUDA.", job=job,
+                "Registering the port initialises CUDA.",
+                job=job,
                 where=(answer["cuda_opened"] or [where])[0],
                 next='Register with the lazy string "module:Class" and keep device code out of module level.',
             )
         if answer["error"]:
             return self.failed(
-                f"register() fails: {answer['error']}", job=job, where=answer["where"] or where,
+                f"register() fails: {answer['error']}",
+                job=job,
+                where=answer["where"] or where,
                 next="vLLM only logs that, at debug level, and goes on without your model.",
             )
         if not answer["supported"]:
             return self.failed(
-                f"After register() vLLM still does not know {port.architecture}.", job=job, where=where,
+                f"After register() vLLM still does not know {port.architecture}.",
+                job=job,
+                where=where,
                 next=f"portkit draft out_of_tree writes it, or register exactly {port.architecture!r}, "
                 'the name in config.json\'s "architectures".',
             )
         if answer["modeling_imported"]:
             return self.failed(
-                f"register() imports {port.module}.", job=job, where=where,
+                f"register() imports {port.module}.",
+                job=job,
+                where=where,
                 next=f'Register the string "{port.module}:{port.architecture}" instead of the class.',
             )
         return self.passed("Called twice: nothing heavy imported, CUDA not initialised.", job=job)
@@ -117,16 +133,24 @@ class FreshProcess(Check):
     def run(self, context: CheckContext) -> Verdict:
         port = context.port
         job = context.live.run(
-            "fresh_engine", timeout=self.timeout, progress=context.progress, environment={},
-            python=plugin_environment(port).python, cwd=str(port.state_dir),
+            "fresh_engine",
+            timeout=self.timeout,
+            progress=context.progress,
+            environment={},
+            python=plugin_environment(port).python,
+            cwd=str(port.state_dir),
         )
         if not job.ok:
-            return self.failed_job(job, next="Pass step 4 (weights) first: here vLLM loads the port by itself.")
+            return self.failed_job(
+                job, next="Pass step 4 (weights) first: here vLLM loads the port by itself."
+            )
         answer = job.value
         if answer["model_class"][0] != port.module:
             return self.failed(
-                f"vLLM served {'.'.join(answer['model_class'])}, not {port.module}.", job=job,
-                where=f"{port.package}/__init__.py", next="portkit draft out_of_tree writes register().",
+                f"vLLM served {'.'.join(answer['model_class'])}, not {port.module}.",
+                job=job,
+                where=f"{port.package}/__init__.py",
+                next="portkit draft out_of_tree writes register().",
                 causes=(
                     "The entry point is not called, or registers another architecture's name.",
                     "VLLM_PLUGINS is set and does not name this plugin.",
@@ -134,17 +158,22 @@ class FreshProcess(Check):
             )
         if answer["portkit_imported"]:
             return self.failed(
-                "The port imports portkit.", job=job, where=port.module,
+                "The port imports portkit.",
+                job=job,
+                where=port.module,
                 next="A port must stand alone: take the import out.",
             )
         if answer["tokens"] != answer["expected"]:
             return self.failed(
-                "In a fresh process the port generates other tokens than Transformers.", job=job, where=port.module,
+                "In a fresh process the port generates other tokens than Transformers.",
+                job=job,
+                where=port.module,
                 next="Pass step 4 (weights) first.",
             )
         return self.passed(
             f"{port.module} was loaded through the entry point; its greedy tokens equal Transformers' "
-            f"on {len(answer['tokens'])} prompts.", job=job,
+            f"on {len(answer['tokens'])} prompts.",
+            job=job,
         )
 
 
@@ -154,35 +183,52 @@ class _Served(Check):
     step = "out_of_tree"
     timeout = 420.0
 
-    def serve(self, context: CheckContext, command: list[str], environment: dict[str, str]) -> Verdict:
+    def serve(
+        self, context: CheckContext, command: list[str], environment: dict[str, str]
+    ) -> Verdict:
         port = context.port
         job = context.live.run(
-            "serve", timeout=self.timeout, progress=context.progress, cwd=str(port.state_dir),
-            command=command, environment=environment,
+            "serve",
+            timeout=self.timeout,
+            progress=context.progress,
+            cwd=str(port.state_dir),
+            command=command,
+            environment=environment,
         )
         if not job.ok:
             return self.failed_job(job)
         answers = job.value["answers"]
         table = Table(
-            "What the server said", ("endpoint", "prompt", "text", "ends by"),
-            tuple((a["endpoint"], a["prompt"][-40:], a["text"], a["finish_reason"]) for a in answers),
+            "What the server said",
+            ("endpoint", "prompt", "text", "ends by"),
+            tuple(
+                (a["endpoint"], a["prompt"][-40:], a["text"], a["finish_reason"]) for a in answers
+            ),
         )
         for answer in answers:
             if answer["text"] != answer["expected"]:
                 return self.failed(
                     f"{answer['endpoint']} answers {answer['text'][:80]!r}; Transformers says "
-                    f"{answer['expected'][:80]!r}.", table, job=job, where=port.module,
+                    f"{answer['expected'][:80]!r}.",
+                    table,
+                    job=job,
+                    where=port.module,
                     next="If fresh_process passes, look at the tokenizer: its files must lie beside the weights.",
                 )
             if answer["finish_reason"] != answer["expected_reason"]:
                 return self.failed(
                     f"{answer['endpoint']} ends by {answer['finish_reason']!r}, Transformers by "
-                    f"{answer['expected_reason']!r}.", table, job=job, where="checkpoint/generation_config.json",
+                    f"{answer['expected_reason']!r}.",
+                    table,
+                    job=job,
+                    where="checkpoint/generation_config.json",
                     next="Ship generation_config.json with the eos_token_id that the model was trained with.",
                 )
         return self.passed(
             f"{len(answers)} answers over HTTP equal Transformers' text; the server was up after "
-            f"{job.value['seconds_up']:.0f} s.", table, job=job,
+            f"{job.value['seconds_up']:.0f} s.",
+            table,
+            job=job,
         )
 
 
@@ -195,7 +241,9 @@ class Serves(_Served):
 
     def run(self, context: CheckContext) -> Verdict:
         python = plugin_environment(context.port).python
-        return self.serve(context, [python, "-m", "vllm.entrypoints.cli.main", "serve", "CHECKPOINT"], {})
+        return self.serve(
+            context, [python, "-m", "vllm.entrypoints.cli.main", "serve", "CHECKPOINT"], {}
+        )
 
 
 class RunpyWrapper(_Served):
@@ -210,7 +258,11 @@ class RunpyWrapper(_Served):
 
     def run(self, context: CheckContext) -> Verdict:
         port = context.port
-        wrapper = [sys.executable, str(Path(SCRIPTS) / "runpy_wrapper.py"), f"{port.module}:{port.architecture}"]
+        wrapper = [
+            sys.executable,
+            str(Path(SCRIPTS) / "runpy_wrapper.py"),
+            f"{port.module}:{port.architecture}",
+        ]
         # No plugin at all may help: only what the wrapper itself registers counts.
         environment = {"PYTHONPATH": str(port.root), "VLLM_PLUGINS": "none"}
         return self.serve(context, [*wrapper, "--model", "CHECKPOINT"], environment)

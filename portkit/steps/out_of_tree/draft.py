@@ -25,22 +25,26 @@ def register() -> None:
         "{module}:{architecture}",
     )
 '''
-CONFIG = '''
+CONFIG = """
     # vLLM reads config.json through Transformers, which does not know this model type.
     from transformers import AutoConfig
 
     from {config_module} import {config_class}
 
     AutoConfig.register({config_class}.model_type, {config_class}, exist_ok=True)
-'''
+"""
 
 
 def draft(port: Port) -> DraftOutcome:
     """Write vllm_<name>/__init__.py; `skipped` if it is there."""
     text = plugin_source(port)
     if port.init_file.exists() and port.init_file.read_text() == text:
-        return DraftOutcome("out_of_tree", "skipped", reason="The plugin registers the port already.")
-    did = [f"{port.package}/__init__.py: register() with the lazy string {port.module}:{port.architecture}"]
+        return DraftOutcome(
+            "out_of_tree", "skipped", reason="The plugin registers the port already."
+        )
+    did = [
+        f"{port.package}/__init__.py: register() with the lazy string {port.module}:{port.architecture}"
+    ]
     if "AutoConfig.register" in text:
         did.append("AutoConfig.register for the port's own configuration class")
     return DraftOutcome(
@@ -50,7 +54,9 @@ def draft(port: Port) -> DraftOutcome:
 
 def plugin_source(port: Port) -> str:
     """Return the text of the plugin's __init__.py."""
-    text = PLUGIN.format(title=f"vllm-{port.name}", architecture=port.architecture, module=port.module)
+    text = PLUGIN.format(
+        title=f"vllm-{port.name}", architecture=port.architecture, module=port.module
+    )
     own = port.meta.get("source", {}).get("config_class")
     files = sorted(port.modeling.parent.glob("configuration_*.py"))
     if own and files:

@@ -36,7 +36,9 @@ def plugin_environment(port: Port) -> PluginEnvironment:
         venv.create(place.root, with_pip=False, symlinks=True, clear=True)
         folder = sysconfig.get_path("purelib", vars={"base": str(place.root)})
         alias_vllm(Path(folder))
-        Path(folder, "parent.pth").write_text("\n".join(p for p in sys.path if p.endswith("-packages")) + "\n")
+        Path(folder, "parent.pth").write_text(
+            "\n".join(p for p in sys.path if p.endswith("-packages")) + "\n"
+        )
     return place
 
 
@@ -47,9 +49,22 @@ def install(port: Port) -> str:
     """
     place = plugin_environment(port)
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "--python", place.python, "install", "--no-deps",
-         "--no-build-isolation", "--disable-pip-version-check", "-e", str(port.root)],
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            place.python,
+            "install",
+            "--no-deps",
+            "--no-build-isolation",
+            "--disable-pip-version-check",
+            "-e",
+            str(port.root),
+        ],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     if done.returncode:
         errors = [line for line in done.stdout.splitlines() if "error" in line.lower()]

@@ -36,7 +36,12 @@ class _AsUsers(Check):
         if not (rule / "tests" / "models" / "utils.py").is_file():
             tree.unpack(rule)
         return context.live.run(
-            "prove_run", timeout=self.timeout, progress=context.progress, rule=str(rule), tokens=TOKENS, **args
+            "prove_run",
+            timeout=self.timeout,
+            progress=context.progress,
+            rule=str(rule),
+            tokens=TOKENS,
+            **args,
         )
 
     def judge(self, job: JobResult) -> tuple[str, str, Table]:
@@ -45,17 +50,34 @@ class _AsUsers(Check):
         exact = value["dtype"] == "float32"
         table = Table(
             f"{value['dtype']}, {_how(value)}: distance of log-probabilities to Transformers in float32",
-            ("prompt tokens", "generated", "first other token", "max", "mean", "Transformers' own mean"),
+            (
+                "prompt tokens",
+                "generated",
+                "first other token",
+                "max",
+                "mean",
+                "Transformers' own mean",
+            ),
             tuple(
-                (r["prompt"], r["tokens"], "none" if r["first_mismatch"] is None else r["first_mismatch"],
-                 f"{r['max']:.1e}", f"{r['mean']:.1e}", f"{r['floor_mean']:.1e}")
+                (
+                    r["prompt"],
+                    r["tokens"],
+                    "none" if r["first_mismatch"] is None else r["first_mismatch"],
+                    f"{r['max']:.1e}",
+                    f"{r['mean']:.1e}",
+                    f"{r['floor_mean']:.1e}",
+                )
                 for r in rows
             ),
             note=f"Computed tokens: {value['scheduled'][0]} the first time, {value['scheduled'][1]} from cached "
             "prefixes. The last column is Transformers in this precision against float32.",
         )
         if not value["rule"]["ok"]:
-            return f"vLLM's own rule (check_logprobs_close, top 5) fails: {value['rule']['text'][:300]}", "", table
+            return (
+                f"vLLM's own rule (check_logprobs_close, top 5) fails: {value['rule']['text'][:300]}",
+                "",
+                table,
+            )
         worst = max(rows, key=lambda r: r["max"])
         if exact and worst["max"] > EXACT:
             return (
@@ -69,12 +91,14 @@ class _AsUsers(Check):
                 f"In {value['dtype']} the port is {ratio:.1f} times as far from float32 as Transformers itself "
                 f"is; {FLOOR:g} is the bound.",
                 "Something that Transformers computes in float32 (norm, softmax, router, rotary) is computed in "
-                f"{value['dtype']} here.", table,
+                f"{value['dtype']} here.",
+                table,
             )
         if not all(r["again_equal"] for r in rows):
             return (
                 "With its prefix cached, a prompt is continued with other tokens.",
-                "Something other than the tokens before decides what is in the KV cache.", table,
+                "Something other than the tokens before decides what is in the KV cache.",
+                table,
             )
         if value["scheduled"][1] >= value["scheduled"][0]:
             return "Prefix caching was on, but no cached token was used.", "", table
@@ -102,17 +126,26 @@ class AsUsersRunIt(_AsUsers):
             tables.append(table)
             if not job.value["compiled"]:
                 return self.failed(
-                    "vLLM did not compile the port.", *tables, job=job, where=context.port.module,
+                    "vLLM did not compile the port.",
+                    *tables,
+                    job=job,
+                    where=context.port.module,
                     next="Put @support_torch_compile on the inner model class (step 3).",
                 )
             if problem:
                 return self.failed(
-                    problem, *tables, job=job, where=context.port.module, causes=tuple(filter(None, [cause])),
+                    problem,
+                    *tables,
+                    job=job,
+                    where=context.port.module,
+                    causes=tuple(filter(None, [cause])),
                     next="Compare with the same run eager: portkit check weights --only load_parity",
                 )
         return self.passed(
             f"{', '.join(job.value['compiled'])} compiled ({_how(job.value)}); vLLM's rule holds and the "
-            f"distances are rounding, in float32 and in {job.value['dtype']}.", *tables, job=job,
+            f"distances are rounding, in float32 and in {job.value['dtype']}.",
+            *tables,
+            job=job,
         )
 
 
@@ -132,7 +165,11 @@ class TensorParallel(_AsUsers):
         problem, cause, table = self.judge(job)
         if problem:
             return self.failed(
-                problem, table, job=job, where=context.port.module, causes=tuple(filter(None, [cause])),
+                problem,
+                table,
+                job=job,
+                where=context.port.module,
+                causes=tuple(filter(None, [cause])),
                 next="portkit check parallel: its rehearsals say which module differs.",
             )
         return self.passed("Two ranks agree with Transformers: rule and distance.", table, job=job)
@@ -157,38 +194,54 @@ class Speed(Check):
         jobs: dict[str, JobResult] = {}
         for way in self.WAYS:
             jobs[way] = context.live.run(
-                "tokens_per_second", timeout=self.timeout, progress=context.progress, way=way,
-                batches=list(self.BATCHES), tokens_in=32, tokens_out=48, repeats=3,
+                "tokens_per_second",
+                timeout=self.timeout,
+                progress=context.progress,
+                way=way,
+                batches=list(self.BATCHES),
+                tokens_in=32,
+                tokens_out=48,
+                repeats=3,
             )
         port = jobs["port"]
         if not port.ok:
             return self.failed_job(port)
-        rates = {w: {r["batch"]: r["rates"] for r in j.value["rows"]} for w, j in jobs.items() if j.ok}
+        rates = {
+            w: {r["batch"]: r["rates"] for r in j.value["rows"]} for w, j in jobs.items() if j.ok
+        }
         rows = tuple(
-            (way, *(cell for b in self.BATCHES for cell in _rate(rates[way][b], rates["port"][b]))) for way in rates
+            (way, *(cell for b in self.BATCHES for cell in _rate(rates[way][b], rates["port"][b])))
+            for way in rates
         )
         how = port.value["how"]
         absent = "; ".join(f"{way}: {job.what}" for way, job in jobs.items() if not job.ok)
         table = Table(
             f"Generated tokens per second, {how['dtype']}, {'eager' if how['eager'] else 'compiled'}, 32 in, 48 out",
-            ("way", *(c for b in self.BATCHES for c in (f"batch {b}: median (min-max)", "port / way"))), rows,
+            (
+                "way",
+                *(c for b in self.BATCHES for c in (f"batch {b}: median (min-max)", "port / way")),
+            ),
+            rows,
             note="Median of three runs in one session; another machine, another number. " + absent,
         )
         largest = {way: median(by_batch[self.BATCHES[-1]]) for way, by_batch in rates.items()}
         slower = [way for way, rate in largest.items() if largest["port"] < rate]
         if slower:
             table = replace(
-                table, note=f"{table.note} At batch {self.BATCHES[-1]} the port is slower than {', '.join(slower)}: "
+                table,
+                note=f"{table.note} At batch {self.BATCHES[-1]} the port is slower than {', '.join(slower)}: "
                 "measure on a quiet machine; if it stays so, look for Python loops over tokens or layers.",
             )
-        return self.passed("; ".join(f"{row[0]}: {row[1]} and {row[3]} tokens/s" for row in rows), table, job=port)
+        return self.passed(
+            "; ".join(f"{row[0]}: {row[1]} and {row[3]} tokens/s" for row in rows), table, job=port
+        )
 
 
 class ReportWritten(Check):
     """The report stands in the port, as HTML for reading and as Markdown for a pull request.
 
-    It holds the latest verdict of every check, with the state of the port that it judged. It fails
-    if a check of an earlier step failed, was never run, or judged another state of the port.
+    It holds the latest verdict of every check. It fails if one of them is a failure; what was never
+    run, or judged another state of the port, it says.
     """
 
     id = "report"
@@ -200,14 +253,24 @@ class ReportWritten(Check):
         port = context.port
         proof = gather(port)
         written = write_report(port)
-        failed = [v.check for verdicts in proof.verdicts.values() for v in verdicts if v.status == "failed"]
-        for problem, ids in (("failed", failed), ("were never run", proof.missing)):
-            if ids:
-                return self.failed(
-                    f"Checks that {problem}: {', '.join(ids)}.", where=str(written[0]),
-                    next="portkit check all runs everything; the report is written again with this check.",
-                )
-        return self.passed(f"Written: {' and '.join(str(p.relative_to(port.root)) for p in written)}.")
+        failed = [
+            v.check for found in proof.verdicts.values() for v in found if v.status == "failed"
+        ]
+        if failed:
+            return self.failed(
+                f"The report is written, and it says that these failed: {', '.join(failed)}.",
+                where=str(written[0]),
+                next="Mend the port and run those checks: portkit check all",
+            )
+        open_questions = [*proof.missing, *proof.stale]
+        said = (
+            f" It says that these were not run on this port as it is: {', '.join(open_questions)}."
+            if open_questions
+            else ""
+        )
+        return self.passed(
+            f"Written: {' and '.join(str(p.relative_to(port.root)) for p in written)}.{said}"
+        )
 
 
 CHECKS = (AsUsersRunIt, TensorParallel, Speed, ReportWritten)
@@ -230,4 +293,7 @@ def _how(value: dict[str, Any]) -> str:
 
 
 def _rate(rates: list[float], ours: list[float]) -> tuple[str, str]:
-    return f"{median(rates):.0f} ({min(rates):.0f}-{max(rates):.0f})", f"{median(ours) / median(rates):.2f}"
+    return (
+        f"{median(rates):.0f} ({min(rates):.0f}-{max(rates):.0f})",
+        f"{median(ours) / median(rates):.2f}",
+    )

@@ -8,4 +8,6 @@ from portkit.port import Port
 
 def draft(port: Port) -> DraftOutcome:
     """Return `skipped`: what a proof shows cannot be drafted."""
-    return DraftOutcome("prove", "skipped", reason="This step changes nothing: it proves the port as it is.")
+    return DraftOutcome(
+        "prove", "skipped", reason="This step changes nothing: it proves the port as it is."
+    )

@@ -47,7 +47,10 @@ def gather(port: Port) -> Proof:
     versions = ", ".join(f"{name} {version}" for name, version in results.versions().items())
     facts = (
         ("port", f"{port.name} ({port.module})"),
-        ("source", f"{source.get('package', '?')} {source.get('version', '')}, {source.get('module', '')}"),
+        (
+            "source",
+            f"{source.get('package', '?')} {source.get('version', '')}, {source.get('module', '')}",
+        ),
         ("licence", str(source.get("licence", "?"))),
         ("checkpoint", str(meta.get("checkpoint", {}).get("origin", port.checkpoint.resolve()))),
         ("device", "; ".join(sorted(devices)) or "?"),
@@ -56,7 +59,12 @@ def gather(port: Port) -> Proof:
         ("commit", port.git("rev-parse", "--short", "HEAD").strip()),
     )
     return Proof(
-        name=port.name, architecture=port.architecture, facts=facts, verdicts=verdicts,
-        stale=tuple(stale), missing=tuple(missing), limits=LIMITS,
+        name=port.name,
+        architecture=port.architecture,
+        facts=facts,
+        verdicts=verdicts,
+        stale=tuple(stale),
+        missing=tuple(missing),
+        limits=LIMITS,
         commands=(f"portkit check all --port {port.name}", "make port"),
     )

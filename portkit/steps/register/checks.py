@@ -29,7 +29,9 @@ def patched_tree(port: Port) -> Path:
     patch = port.root / patch_path(port)
     if not patch.exists():
         raise PortkitError(
-            "There is no patch yet.", patch_path(port), f"portkit draft register --port {port.root} writes it."
+            "There is no patch yet.",
+            patch_path(port),
+            f"portkit draft register --port {port.root} writes it.",
         )
     target = port.state_dir / "vllm-tree"
     tree.unpack(target)
@@ -38,7 +40,8 @@ def patched_tree(port: Port) -> Path:
         problem = [line for line in done.stderr.splitlines() if line.startswith("error")]
         raise PortkitError(
             f"git apply refuses the patch: {(problem or [done.stderr])[0].removeprefix('error: ')}",
-            patch_path(port), "Draft the step again: the patch is made for vLLM 0.32.0's files.",
+            patch_path(port),
+            "Draft the step again: the patch is made for vLLM 0.32.0's files.",
         )
     tree.borrow_build(target, (model_path(port), REGISTRY))
     return target
@@ -71,12 +74,14 @@ class PatchApplies(Check):
         missing = [name for name in wanted if f"+++ b/{name}" not in patch]
         if missing:
             return self.failed(
-                f"The patch does not touch {', '.join(missing)}.", where=patch_path(port),
+                f"The patch does not touch {', '.join(missing)}.",
+                where=patch_path(port),
                 next="vLLM's guide asks for all four: model, registry row, test row, docs row.",
             )
         if (target / model_path(port)).read_text() != in_tree_source(port):
             return self.failed(
-                "The model in the patch is not the port's model any more.", where=patch_path(port),
+                "The model in the patch is not the port's model any more.",
+                where=patch_path(port),
                 next="You edited the port after drafting the patch: portkit draft register",
             )
         places = [(name, row_place(target, name, port.architecture)) for name in wanted[1:]]
@@ -84,17 +89,21 @@ class PatchApplies(Check):
         if lost:
             return self.failed(
                 f"There is no row of {port.architecture} in {lost[0]} after applying the patch.",
-                where=patch_path(port), next="portkit draft register writes it again.",
+                where=patch_path(port),
+                next="portkit draft register writes it again.",
             )
         table = Table(
-            "The row and its neighbours", ("file", "before", "row", "after"),
+            "The row and its neighbours",
+            ("file", "before", "row", "after"),
             tuple((name, *place[:3]) for name, place in places),
         )
         misplaced = [name for name, place in places if not place[3]]
         if misplaced:
             return self.failed(
-                f"The row is not in alphabetical order in {misplaced[0]}.", table,
-                where=misplaced[0], next="portkit draft register puts it in its place.",
+                f"The row is not in alphabetical order in {misplaced[0]}.",
+                table,
+                where=misplaced[0],
+                next="portkit draft register puts it in its place.",
             )
         return self.passed(f"git apply is clean; {len(wanted)} files change.", table)
 
@@ -116,26 +125,37 @@ class Resolves(Check):
         port = context.port
         target = patched_tree(port)
         job = context.live.run(
-            "fresh_engine", timeout=self.timeout, progress=context.progress,
-            environment=tree_environment(target), python="", cwd=str(target),
+            "fresh_engine",
+            timeout=self.timeout,
+            progress=context.progress,
+            environment=tree_environment(target),
+            python="",
+            cwd=str(target),
         )
         if not job.ok:
             return self.failed_job(job)
         answer = job.value
         expected = f"vllm.model_executor.models.{port.name}"
-        if answer["model_class"][0] != expected or not Path(answer["model_file"]).is_relative_to(target):
+        if answer["model_class"][0] != expected or not Path(answer["model_file"]).is_relative_to(
+            target
+        ):
             return self.failed(
-                f"vLLM served {answer['model_class'][0]}, not {expected}.", job=job, where=REGISTRY,
+                f"vLLM served {answer['model_class'][0]}, not {expected}.",
+                job=job,
+                where=REGISTRY,
                 next="The registry row must name the architecture of config.json and the new module.",
             )
         if answer["tokens"] != answer["expected"]:
             return self.failed(
-                "The patched vLLM generates other tokens than Transformers.", job=job, where=model_path(port),
+                "The patched vLLM generates other tokens than Transformers.",
+                job=job,
+                where=model_path(port),
                 next="Pass step 4 (weights) first: the patch carries the port as it is.",
             )
         return self.passed(
             f"{port.architecture} resolves to {expected} and its greedy tokens equal Transformers' "
-            f"on {len(answer['tokens'])} prompts.", job=job,
+            f"on {len(answer['tokens'])} prompts.",
+            job=job,
         )
 
 
@@ -156,27 +176,41 @@ class RegistryTests(Check):
         port = context.port
         target = patched_tree(port)
         job = context.live.run(
-            "vllm_tests", timeout=self.timeout, progress=context.progress, tree=str(target),
+            "vllm_tests",
+            timeout=self.timeout,
+            progress=context.progress,
+            tree=str(target),
             select=f"{port.architecture} or coverage or lazy_modelinfo",
             environment=tree_environment(target),
         )
         if not job.ok:
             return self.failed_job(job)
         outcomes = job.value["outcomes"]
-        table = Table("tests/models/test_registry.py", ("test", "outcome"), tuple(sorted(outcomes.items())))
+        table = Table(
+            "tests/models/test_registry.py", ("test", "outcome"), tuple(sorted(outcomes.items()))
+        )
         bad = [name for name, outcome in outcomes.items() if outcome == "failed"]
         if bad:
             return self.failed(
-                f"{bad[0]} fails: {job.value['messages'][bad[0]]}", table, job=job,
-                where="tests/models/test_registry.py", next="Its text says what the tree lacks.", log=job.value["tail"],
+                f"{bad[0]} fails: {job.value['messages'][bad[0]]}",
+                table,
+                job=job,
+                where="tests/models/test_registry.py",
+                next="Its text says what the tree lacks.",
+                log=job.value["tail"],
             )
         own = f"test_registry_imports[{port.architecture}]"
         if outcomes.get(own) != "passed" or outcomes.get("test_hf_registry_coverage") != "passed":
             return self.failed(
-                f"{own} did not run ({outcomes.get(own, 'not collected')}).", table, job=job, where=REGISTRY,
+                f"{own} did not run ({outcomes.get(own, 'not collected')}).",
+                table,
+                job=job,
+                where=REGISTRY,
                 next="The registry row is missing: portkit draft register",
             )
-        return self.passed(f"{len(outcomes)} of vLLM's own tests ran and none failed.", table, job=job)
+        return self.passed(
+            f"{len(outcomes)} of vLLM's own tests ran and none failed.", table, job=job
+        )
 
 
 CHECKS = (PatchApplies, Resolves, RegistryTests)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from portkit.draft.outcome import DraftOutcome
 from portkit.errors import PortkitError
+from portkit.lint.source import must_parse
 from portkit.port import Port
 from portkit.steps.register import rows, tree
 
@@ -41,15 +42,21 @@ def model_path(port: Port) -> str:
 
 def draft(port: Port) -> DraftOutcome:
     """Write the patch for a vLLM checkout; `skipped` if the port's patch is up to date."""
-    others = [p.name for p in port.modeling.parent.glob("*.py") if p not in (port.modeling, port.init_file)]
+    others = [
+        p.name
+        for p in port.modeling.parent.glob("*.py")
+        if p not in (port.modeling, port.init_file)
+    ]
     if others:
         return DraftOutcome(
-            "register", "failed",
+            "register",
+            "failed",
             reason=f"The port has more files than its model ({', '.join(others)}). In a vLLM checkout a "
             "configuration goes to vllm/transformers_utils/configs/ and is registered there: move it by "
             "hand, or keep the port out of tree (step 6).",
         )
     try:
+        must_parse(port.source, port.modeling.relative_to(port.root).as_posix())
         text, did, warnings = _patch(port)
     except PortkitError as error:
         return DraftOutcome("register", "failed", reason=str(error))
@@ -67,12 +74,19 @@ def _patch(port: Port) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     new_registry = rows.drop_dict_row(registry, "_TRANSFORMERS_SUPPORTED_MODELS", arch)
     new_registry = rows.drop_dict_row(new_registry, "_PREVIOUSLY_SUPPORTED_MODELS", arch)
     new_registry = rows.add_dict_row(
-        new_registry, "_TEXT_GENERATION_MODELS", SECTION, arch, f'    "{arch}": ("{module}", "{arch}"),\n'
+        new_registry,
+        "_TEXT_GENERATION_MODELS",
+        SECTION,
+        arch,
+        f'    "{arch}": ("{module}", "{arch}"),\n',
     )
     offline = "" if hub else ", is_available_online=False"
     new_tests = rows.drop_dict_row(tests, "_TEXT_GENERATION_EXAMPLE_MODELS", arch)
     new_tests = rows.add_dict_row(
-        new_tests, "_TEXT_GENERATION_EXAMPLE_MODELS", SECTION, arch,
+        new_tests,
+        "_TEXT_GENERATION_EXAMPLE_MODELS",
+        SECTION,
+        arch,
         f'    "{arch}": _HfExamplesInfo("{hub or module}"{offline}),\n',
     )
     lora, pp = (YES if base in port.source else "" for base in ("SupportsLoRA", "SupportsPP"))
@@ -81,8 +95,10 @@ def _patch(port: Port) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
         page, HEADING, arch, "| " + " | ".join(cells).replace("|  |", "| |").rstrip() + " |\n"
     )
     changes = (
-        (SUPPORTED, page, new_page), (TEST_REGISTRY, tests, new_tests),
-        (model_path(port), "", in_tree_source(port)), (REGISTRY, registry, new_registry),
+        (SUPPORTED, page, new_page),
+        (TEST_REGISTRY, tests, new_tests),
+        (model_path(port), "", in_tree_source(port)),
+        (REGISTRY, registry, new_registry),
     )
     text = f"[Model] Add {arch}\n\n" + "".join(_diff(*change) for change in changes)
     did = (
@@ -96,16 +112,25 @@ def _patch(port: Port) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
 
 def in_tree_source(port: Port) -> str:
     """Return the port's model file as it stands in a vLLM checkout."""
-    source = re.sub(r"^from vllm\.model_executor\.models\.(\w+) import", r"from .\1 import", port.source, flags=re.M)
+    source = re.sub(
+        r"^from vllm\.model_executor\.models\.(\w+) import",
+        r"from .\1 import",
+        port.source,
+        flags=re.M,
+    )
     licence = port.meta.get("source", {}).get("licence") or "Apache-2.0"
     return source if source.startswith("# SPDX-") else SPDX.format(licence=licence) + source
 
 
 def _diff(path: str, old: str, new: str) -> str:
-    lines = list(difflib.unified_diff(
-        old.splitlines(keepends=True), new.splitlines(keepends=True),
-        f"a/{path}" if old else "/dev/null", f"b/{path}",
-    ))
+    lines = list(
+        difflib.unified_diff(
+            old.splitlines(keepends=True),
+            new.splitlines(keepends=True),
+            f"a/{path}" if old else "/dev/null",
+            f"b/{path}",
+        )
+    )
     mode = "" if old else "new file mode 100644\n"
     return f"diff --git a/{path} b/{path}\n{mode}" + "".join(lines)
 

@@ -27,7 +27,8 @@ def add_dict_row(source: str, table: str, section: str, key: str, row: str) -> s
     inside = _section_rows(source, table, section)
     if any(r.key == key for r in inside):
         raise PortkitError(
-            f"{key} has a row in {table} already.", table,
+            f"{key} has a row in {table} already.",
+            table,
             "vLLM has this architecture natively: compare with its class before you replace it.",
         )
     place = _alphabetical([r.key for r in inside], key)
@@ -79,7 +80,9 @@ def _table_keys(lines: list[str], heading: str) -> tuple[int, list[str]]:
     bar = next((i for i in range(start, len(lines)) if re.match(r"\| -", lines[i])), None)
     if bar is None:
         raise PortkitError(
-            f"The page has no table under {heading!r}.", heading, "Is this the source of vLLM 0.32.0?"
+            f"The page has no table under {heading!r}.",
+            heading,
+            "Is this the source of vLLM 0.32.0?",
         )
     end = bar + 1
     while end < len(lines) and lines[end].startswith("|"):

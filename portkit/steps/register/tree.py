@@ -19,8 +19,16 @@ from portkit.errors import PortkitError
 
 VERSION = "0.32.0"
 SHA256 = "d2c957d5eee3d0985012151315ddc62cbe0cd368fc96a5fc3510438d9dddf2ad"
-WANTED = ("vllm/", "tests/__init__.py", "tests/conftest.py", "tests/utils.py", "tests/ci_envs.py",
-          "tests/models/", "docs/models/supported_models.md", "pyproject.toml")
+WANTED = (
+    "vllm/",
+    "tests/__init__.py",
+    "tests/conftest.py",
+    "tests/utils.py",
+    "tests/ci_envs.py",
+    "tests/models/",
+    "docs/models/supported_models.md",
+    "pyproject.toml",
+)
 """What the patch and vLLM's own registry tests need; the rest (csrc, rust, ...) stays packed."""
 
 
@@ -31,12 +39,15 @@ def source() -> Path:
     Raises PortkitError if it is missing or another version's.
     """
     named = os.environ.get("PORTKIT_VLLM_SOURCE")
-    path = Path(named) if named else Path(sys.prefix) / "share" / "portkit" / f"vllm-{VERSION}.tar.gz"
+    path = (
+        Path(named) if named else Path(sys.prefix) / "share" / "portkit" / f"vllm-{VERSION}.tar.gz"
+    )
     if (path / "vllm" / "model_executor").is_dir() and (path / "tests" / "models").is_dir():
         return path
     if not path.is_file():
         raise PortkitError(
-            f"The source of vLLM {VERSION} is not here.", str(path),
+            f"The source of vLLM {VERSION} is not here.",
+            str(path),
             f"Run `make setup`, or name vllm-{VERSION}.tar.gz from PyPI, or a clone, in PORTKIT_VLLM_SOURCE.",
         )
     with path.open("rb") as stream:
@@ -44,7 +55,8 @@ def source() -> Path:
     if digest != SHA256:
         raise PortkitError(
             f"The archive is not vLLM {VERSION}: its sha256 is {digest[:12]}…, not {SHA256[:12]}….",
-            str(path), "Delete it and run `make setup` again.",
+            str(path),
+            "Delete it and run `make setup` again.",
         )
     return path
 
@@ -62,7 +74,9 @@ def read(*names: str) -> tuple[str, ...]:
                     found[name] = tar.extractfile(member).read().decode()
     missing = [name for name in names if name not in found]
     if missing:
-        raise PortkitError(f"vLLM's source has no {missing[0]}.", str(place), f"It must be vLLM {VERSION}'s.")
+        raise PortkitError(
+            f"vLLM's source has no {missing[0]}.", str(place), f"It must be vLLM {VERSION}'s."
+        )
     return tuple(found[name] for name in names)
 
 
@@ -118,5 +132,8 @@ def git_apply(target: Path, patch: Path, *options: str) -> subprocess.CompletedP
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(target.parent)}
     return subprocess.run(
         ["git", "apply", "--whitespace=error", *options, str(patch)],
-        cwd=target, env=environment, text=True, capture_output=True,
+        cwd=target,
+        env=environment,
+        text=True,
+        capture_output=True,
     )

@@ -70,7 +70,8 @@ def findings_after_edit(repeats: int, say: Say) -> list[Row]:
 
             note = (
                 f"from the write to the list of {found} findings of step {step_of(step).number} in "
-                f"{len(port.source.splitlines())} lines; the first call of a kernel took {first:.2f} s"
+                f"{len(port.source.splitlines())} lines; the first call of a kernel took "
+                f"{first:.2f} s"
             )
             rows.append(
                 Row(f"findings after an edit, {step}", "s", repeated(once, repeats), 0.5, note)

@@ -1,4 +1,4 @@
-"""Step out_of_tree: the plugin in a fresh process and behind a server; and what can be wrong with it."""
+"""Step out_of_tree: the plugin in a fresh process and behind a server; and what can go wrong."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def test_another_archive_is_refused(monkeypatch, tmp_path):
     fake = tmp_path / "vllm-0.32.0.tar.gz"
     fake.write_bytes(b"not vLLM")
     monkeypatch.setenv("PORTKIT_VLLM_SOURCE", str(fake))
-    with pytest.raises(PortkitError, match="not vLLM 0.32.0"):
+    with pytest.raises(PortkitError, match=r"not vLLM 0\.32\.0"):
         tree.source()
 
 

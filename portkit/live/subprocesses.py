@@ -123,7 +123,8 @@ def server(
                 spent = time.monotonic() - began
                 if process.poll() is not None:
                     raise PortkitError(
-                        f"The server stopped (exit {process.returncode}): {last_error(log.read_text())}",
+                        f"The server stopped (exit {process.returncode}): "
+                        f"{last_error(log.read_text())}",
                         str(log),
                         "Read its log there.",
                     )

@@ -29,7 +29,7 @@ USER_OPTIONS = (
     "gpu_memory_utilization",
     "attention_config",
 )
-"""What a fresh process needs of the profile: float32 (so that tokens must be equal) and a small engine."""
+"""What a fresh process needs of the profile: float32 (tokens must be equal) and a small engine."""
 
 
 def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:

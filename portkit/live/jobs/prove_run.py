@@ -3,9 +3,9 @@
 args: tensor_parallel_size, eager, dtype ("float32" or "auto"), rule (folder of vLLM's source, whose
 tests/models/utils.py has the rule), tokens (generated per prompt).
 value: compiled, mode, cudagraphs, dtype, scheduled [tokens computed the first time, and again],
-rule {"ok", "text", "mismatches"}, rows [{prompt, tokens, first_mismatch, max, mean, again, again_equal,
-floor_max, floor_mean}]: distances of log-probabilities to Transformers in float32; the floor is
-Transformers' own distance from that in the engine's precision (0 in float32).
+rule {"ok", "text", "mismatches"}, rows [{prompt, tokens, first_mismatch, max, mean, again,
+again_equal, floor_max, floor_mean}]: distances of log-probabilities to Transformers in float32; the
+floor is Transformers' own distance from that in the engine's precision (0 in float32).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ USERS = {
 
 
 def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
-    """Start the engine as users do, generate twice (the second time from cached prefixes), compare."""
+    """Start the engine as users do, generate twice (then from cached prefixes), compare."""
     args = request.args
     port = Port(Path(request.port_root))
     checkpoint = open_checkpoint(port.checkpoint)

@@ -1,4 +1,7 @@
-"""Load the port's plugin in a fresh process, as vLLM does. args: python, package, module, architecture."""
+"""Load the port's plugin in a fresh process, as vLLM does.
+
+args: python, cwd, package, module, architecture. value: the answer of scripts/register_twice.py.
+"""
 
 from __future__ import annotations
 

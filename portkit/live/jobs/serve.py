@@ -1,7 +1,8 @@
 """Serve the port over HTTP as a user would and ask it with the `openai` client.
 
 args: command (the words before the server's options), environment, cwd.
-value: answers [{endpoint, prompt, text, expected, finish_reason, expected_reason}], models, seconds_up.
+value: answers [{endpoint, prompt, text, expected, finish_reason, expected_reason}], models,
+seconds_up.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def main() -> None:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    load_general_plugins()  # vLLM calls it in each process, more than once: register() is re-entrant
+    load_general_plugins()  # vLLM does so in each process, and more than once
     cuda_after_plugins = torch.cuda.is_initialized()
     from vllm.model_executor.models import ModelRegistry
 

@@ -1,4 +1,4 @@
-"""A function for vLLM's worker processes: a module of its own, so that they can import it by name."""
+"""A function for vLLM's workers, in a module of its own: they import it by name."""
 
 import sys
 

@@ -48,10 +48,9 @@ class Installs(Check):
                 f"The port has no entry point in the group {GROUP!r}.",
                 table,
                 where="pyproject.toml",
-                next=f'Under [project.entry-points."{GROUP}"] say: {port.name} = "{port.package}:register"',
-                causes=(
-                    "The group's name is misspelt: nothing reports that, the plugin is never called.",
-                ),
+                next=f'Under [project.entry-points."{GROUP}"] say: '
+                f'{port.name} = "{port.package}:register"',
+                causes=("The group's name is misspelt: nothing reports that, nothing is called.",),
             )
         return self.passed(f"Installed. In your own environment: pip install -e {port.root}", table)
 
@@ -89,7 +88,8 @@ class NoCudaOnImport(Check):
                 "Registering the port initialises CUDA.",
                 job=job,
                 where=(answer["cuda_opened"] or [where])[0],
-                next='Register with the lazy string "module:Class" and keep device code out of module level.',
+                next='Register with the lazy string "module:Class" and keep device code out of '
+                "module level.",
             )
         if answer["error"]:
             return self.failed(
@@ -103,21 +103,21 @@ class NoCudaOnImport(Check):
                 f"After register() vLLM still does not know {port.architecture}.",
                 job=job,
                 where=where,
-                next=f"portkit draft out_of_tree writes it, or register exactly {port.architecture!r}, "
-                'the name in config.json\'s "architectures".',
+                next="portkit draft out_of_tree writes it, or register exactly "
+                f'{port.architecture!r}, the name in config.json\'s "architectures".',
             )
         if answer["modeling_imported"]:
             return self.failed(
                 f"register() imports {port.module}.",
                 job=job,
                 where=where,
-                next=f'Register the string "{port.module}:{port.architecture}" instead of the class.',
+                next=f'Register the string "{port.module}:{port.architecture}", not the class.',
             )
         return self.passed("Called twice: nothing heavy imported, CUDA not initialised.", job=job)
 
 
 class FreshProcess(Check):
-    """A Python process that knows nothing of portkit loads the architecture through the entry point.
+    """A Python process that knows nothing of portkit loads the port through its entry point.
 
     The commonest complaint after a port: it works in the notebook that registered it and nowhere
     else. Here vLLM starts its engine in processes of its own, and the class that serves must be
@@ -171,8 +171,8 @@ class FreshProcess(Check):
                 next="Pass step 4 (weights) first.",
             )
         return self.passed(
-            f"{port.module} was loaded through the entry point; its greedy tokens equal Transformers' "
-            f"on {len(answer['tokens'])} prompts.",
+            f"{port.module} was loaded through the entry point; its greedy tokens equal "
+            f"Transformers' on {len(answer['tokens'])} prompts.",
             job=job,
         )
 
@@ -213,7 +213,8 @@ class _Served(Check):
                     table,
                     job=job,
                     where=port.module,
-                    next="If fresh_process passes, look at the tokenizer: its files must lie beside the weights.",
+                    next="If fresh_process passes, look at the tokenizer: its files must lie "
+                    "beside the weights.",
                 )
             if answer["finish_reason"] != answer["expected_reason"]:
                 return self.failed(
@@ -222,7 +223,8 @@ class _Served(Check):
                     table,
                     job=job,
                     where="checkpoint/generation_config.json",
-                    next="Ship generation_config.json with the eos_token_id that the model was trained with.",
+                    next="Ship generation_config.json with the eos_token_id that the model was "
+                    "trained with.",
                 )
         return self.passed(
             f"{len(answers)} answers over HTTP equal Transformers' text; the server was up after "

@@ -43,7 +43,8 @@ def draft(port: Port) -> DraftOutcome:
             "out_of_tree", "skipped", reason="The plugin registers the port already."
         )
     did = [
-        f"{port.package}/__init__.py: register() with the lazy string {port.module}:{port.architecture}"
+        f"{port.package}/__init__.py: register() with the lazy string "
+        f"{port.module}:{port.architecture}"
     ]
     if "AutoConfig.register" in text:
         did.append("AutoConfig.register for the port's own configuration class")

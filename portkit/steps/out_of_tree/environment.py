@@ -68,8 +68,9 @@ def install(port: Port) -> str:
     )
     if done.returncode:
         errors = [line for line in done.stdout.splitlines() if "error" in line.lower()]
+        last = (errors or done.stdout.splitlines() or ["no output"])[-1]
         raise PortkitError(
-            f"pip could not install the port: {(errors or done.stdout.splitlines() or ['no output'])[-1]}",
+            f"pip could not install the port: {last}",
             str(port.root / "pyproject.toml"),
             f"Run `pip install --no-deps -e {port.root}` to see the whole output.",
         )

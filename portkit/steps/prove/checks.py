@@ -18,7 +18,7 @@ from portkit.steps.prove.gather import gather
 from portkit.steps.register import tree
 
 EXACT = 1e-3
-"""Largest |Δ log p| in float32: correct ports lie at 1e-5 to 1e-4, the smallest seeded bugs at 1e-2."""
+"""Largest |Δ log p| in float32: correct ports lie at 1e-5 to 1e-4, the seeded bugs above 1e-2."""
 FLOOR = 2.0
 """In half precision: at most this many times Transformers' own mean distance from float32. Two
 implementations round independently, so a correct port is about as far from float32 as that is."""
@@ -49,7 +49,8 @@ class _AsUsers(Check):
         value, rows = job.value, job.value["rows"]
         exact = value["dtype"] == "float32"
         table = Table(
-            f"{value['dtype']}, {_how(value)}: distance of log-probabilities to Transformers in float32",
+            f"{value['dtype']}, {_how(value)}: distance of log-probabilities to Transformers in "
+            "float32",
             (
                 "prompt tokens",
                 "generated",
@@ -69,29 +70,33 @@ class _AsUsers(Check):
                 )
                 for r in rows
             ),
-            note=f"Computed tokens: {value['scheduled'][0]} the first time, {value['scheduled'][1]} from cached "
-            "prefixes. The last column is Transformers in this precision against float32.",
+            note=f"Computed tokens: {value['scheduled'][0]} the first time, "
+            f"{value['scheduled'][1]} from cached prefixes. The last column is Transformers in "
+            "this precision against float32.",
         )
         if not value["rule"]["ok"]:
             return (
-                f"vLLM's own rule (check_logprobs_close, top 5) fails: {value['rule']['text'][:300]}",
+                "vLLM's own rule (check_logprobs_close, top 5) fails: "
+                f"{value['rule']['text'][:300]}",
                 "",
                 table,
             )
         worst = max(rows, key=lambda r: r["max"])
         if exact and worst["max"] > EXACT:
             return (
-                f"|Δ log p| is {worst['max']:.1e} on a prompt of {worst['prompt']} tokens; {EXACT:.0e} is the bound.",
-                "Eager passes and this does not: Python in forward depends on data, or keeps state between calls.",
+                f"|Δ log p| is {worst['max']:.1e} on a prompt of {worst['prompt']} tokens; "
+                f"{EXACT:.0e} is the bound.",
+                "Eager passes and this does not: Python in forward depends on data, or keeps state "
+                "between calls.",
                 table,
             )
         ratio = sum(r["mean"] for r in rows) / max(sum(r["floor_mean"] for r in rows), 1e-9)
         if not exact and ratio > FLOOR:
             return (
-                f"In {value['dtype']} the port is {ratio:.1f} times as far from float32 as Transformers itself "
-                f"is; {FLOOR:g} is the bound.",
-                "Something that Transformers computes in float32 (norm, softmax, router, rotary) is computed in "
-                f"{value['dtype']} here.",
+                f"In {value['dtype']} the port is {ratio:.1f} times as far from float32 as "
+                f"Transformers itself is; {FLOOR:g} is the bound.",
+                "Something that Transformers computes in float32 (norm, softmax, router, rotary) "
+                f"is computed in {value['dtype']} here.",
                 table,
             )
         if not all(r["again_equal"] for r in rows):
@@ -106,7 +111,7 @@ class _AsUsers(Check):
 
 
 class AsUsersRunIt(_AsUsers):
-    """Compiled, with prefix caching and vLLM's own settings, the port still agrees with Transformers.
+    """Compiled, with prefix caching and vLLM's own settings, the port agrees with Transformers.
 
     By vLLM's own rule (`check_logprobs_close` of its tests/models/utils.py: each side's token is
     in the other's top 5) and by distance: in float32 within 1e-3, and in the precision that vLLM
@@ -139,11 +144,11 @@ class AsUsersRunIt(_AsUsers):
                     job=job,
                     where=context.port.module,
                     causes=tuple(filter(None, [cause])),
-                    next="Compare with the same run eager: portkit check weights --only load_parity",
+                    next="Compare with an eager run: portkit check weights --only load_parity",
                 )
         return self.passed(
-            f"{', '.join(job.value['compiled'])} compiled ({_how(job.value)}); vLLM's rule holds and the "
-            f"distances are rounding, in float32 and in {job.value['dtype']}.",
+            f"{', '.join(job.value['compiled'])} compiled ({_how(job.value)}); vLLM's rule holds "
+            f"and the distances are rounding, in float32 and in {job.value['dtype']}.",
             *tables,
             job=job,
         )
@@ -176,7 +181,7 @@ class TensorParallel(_AsUsers):
 
 
 class Speed(Check):
-    """Tokens per second of the port, of Transformers' generate and of vLLM's other ways, in one run.
+    """Tokens per second of the port, of Transformers' generate and of vLLM's other ways.
 
     It fails if the port does not run at these sizes; a slow port is said, not failed, since a busy
     machine is slow too.
@@ -216,7 +221,8 @@ class Speed(Check):
         how = port.value["how"]
         absent = "; ".join(f"{way}: {job.what}" for way, job in jobs.items() if not job.ok)
         table = Table(
-            f"Generated tokens per second, {how['dtype']}, {'eager' if how['eager'] else 'compiled'}, 32 in, 48 out",
+            f"Generated tokens per second, {how['dtype']}, "
+            f"{'eager' if how['eager'] else 'compiled'}, 32 in, 48 out",
             (
                 "way",
                 *(c for b in self.BATCHES for c in (f"batch {b}: median (min-max)", "port / way")),
@@ -229,8 +235,9 @@ class Speed(Check):
         if slower:
             table = replace(
                 table,
-                note=f"{table.note} At batch {self.BATCHES[-1]} the port is slower than {', '.join(slower)}: "
-                "measure on a quiet machine; if it stays so, look for Python loops over tokens or layers.",
+                note=f"{table.note} At batch {self.BATCHES[-1]} the port is slower than "
+                f"{', '.join(slower)}: measure on a quiet machine; if it stays so, look for Python "
+                "loops over tokens or layers.",
             )
         return self.passed(
             "; ".join(f"{row[0]}: {row[1]} and {row[3]} tokens/s" for row in rows), table, job=port

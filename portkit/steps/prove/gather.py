@@ -17,7 +17,8 @@ LIMITS = (
     "architecture may use other branches of the code.",
     "Sampling, speculative decoding, LoRA adapters and multi-node runs were not exercised.",
     "Quantised formats other than the one named above were not exercised.",
-    "A person who understands the change must have read the code: vLLM's contribution rules ask for it.",
+    "A person who understands the change must have read the code: vLLM's contribution rules ask "
+    "for it.",
 )
 
 

@@ -143,7 +143,7 @@ class Resolves(Check):
                 f"vLLM served {answer['model_class'][0]}, not {expected}.",
                 job=job,
                 where=REGISTRY,
-                next="The registry row must name the architecture of config.json and the new module.",
+                next="The registry row must name config.json's architecture and the new module.",
             )
         if answer["tokens"] != answer["expected"]:
             return self.failed(

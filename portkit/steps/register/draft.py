@@ -51,9 +51,9 @@ def draft(port: Port) -> DraftOutcome:
         return DraftOutcome(
             "register",
             "failed",
-            reason=f"The port has more files than its model ({', '.join(others)}). In a vLLM checkout a "
-            "configuration goes to vllm/transformers_utils/configs/ and is registered there: move it by "
-            "hand, or keep the port out of tree (step 6).",
+            reason=f"The port has more files than its model ({', '.join(others)}). In a vLLM "
+            "checkout a configuration goes to vllm/transformers_utils/configs/ and is registered "
+            "there: move it by hand, or keep the port out of tree (step 6).",
         )
     try:
         must_parse(port.source, port.modeling.relative_to(port.root).as_posix())
@@ -140,7 +140,7 @@ def _title(architecture: str) -> str:
 
 
 def _hub_example(port: Port) -> tuple[str, tuple[str, ...]]:
-    """The checkpoint on the hub that vLLM's tests should load: the reader's, else Transformers' own."""
+    """The hub's checkpoint for vLLM's tests: the reader's choice, else Transformers' example."""
     meta = port.meta
     if chosen := meta.get("decisions", {}).get("hub_example"):
         return str(chosen), ()
@@ -154,6 +154,6 @@ def _hub_example(port: Port) -> tuple[str, tuple[str, ...]]:
         if found:
             return found.group(1), ()
     return "", (
-        "No checkpoint on the hub is known for this model: set hub_example in [decisions] of port.toml; "
-        "until then the test row says is_available_online=False.",
+        "No checkpoint on the hub is known for this model: set hub_example in [decisions] of "
+        "port.toml; until then the test row says is_available_online=False.",
     )

@@ -46,7 +46,7 @@ def drop_dict_row(source: str, table: str, key: str) -> str:
 
 
 def add_table_row(page: str, heading: str, key: str, row: str) -> str:
-    """Return the Markdown `page` with `row` in the first table after `heading`, sorted by its key."""
+    """Return the Markdown `page` with `row` in the first table after `heading`, sorted by key."""
     lines = page.splitlines(keepends=True)
     first, keys = _table_keys(lines, heading)
     if key in keys:
@@ -56,7 +56,7 @@ def add_table_row(page: str, heading: str, key: str, row: str) -> str:
 
 
 def neighbours(keys: list[str], key: str) -> tuple[str, str, str, bool] | None:
-    """Return (key before, key, key after, whether that is its alphabetical place); None if absent."""
+    """Return (key before, key, key after, whether that is its place); None if it is absent."""
     if key not in keys:
         return None
     at = keys.index(key)
@@ -125,7 +125,7 @@ def _with_comments(lines: list[str], first: int) -> int:
 
 
 def _alphabetical(keys: list[str], key: str) -> int:
-    """Return the place that leaves the fewest neighbours out of order: the real lists have slips."""
+    """Return the place that leaves the fewest keys out of order: the real lists have slips."""
     return min(range(len(keys) + 1), key=lambda place: _slips(keys, key, place))
 
 

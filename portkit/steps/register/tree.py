@@ -48,7 +48,8 @@ def source() -> Path:
         raise PortkitError(
             f"The source of vLLM {VERSION} is not here.",
             str(path),
-            f"Run `make setup`, or name vllm-{VERSION}.tar.gz from PyPI, or a clone, in PORTKIT_VLLM_SOURCE.",
+            f"Run `make setup`, or name vllm-{VERSION}.tar.gz from PyPI, or a clone, in "
+            "PORTKIT_VLLM_SOURCE.",
         )
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -18,7 +18,9 @@ from portkit.errors import PortkitError
 
 @pytest.fixture
 def port(tmp_path):
-    return new_port("helium", architecture="helium", root=tmp_path)
+    port = new_port("helium", architecture="helium", root=tmp_path)
+    port.modeling.write_text("# the model\n")
+    return port
 
 
 def check(id, status="passed", requires=(), calls=None, error=None):
@@ -71,6 +73,14 @@ def test_what_needs_a_failed_check_is_skipped_and_says_so(port):
 def test_a_skipped_prerequisite_skips_too(port):
     found = ran(port, check("gpu", "skipped"), check("speed", requires=("gpu",)))
     assert found["speed"].status == "skipped"
+
+
+def test_without_code_a_check_fails_at_once_and_says_how_to_get_some(port):
+    calls = []
+    port.modeling.unlink()
+    verdict = ran(port, check("one", calls=calls))["one"]
+    assert (verdict.status, calls) == ("failed", [])
+    assert "no code in the port yet" in verdict.what and "01_copy" in verdict.next
 
 
 def test_verdicts_come_one_by_one(port):

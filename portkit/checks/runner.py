@@ -143,6 +143,10 @@ def _run_one(check: type[Check], port: Port, say: Progress) -> Verdict:
 
     started = time.monotonic()
     instance = check()
+    if check.step != steps()[0].id and not port.source.strip():
+        from portkit.look import no_code
+
+        return instance.failed(**no_code(port).to_dict())  # known without starting a worker
     try:
         verdict = instance.run(CheckContext(port=port, live=live_for(port), progress=say))
         if not isinstance(verdict, Verdict):

@@ -138,6 +138,19 @@ def test_what_attention_is_given() -> None:
             ),
             "neighbours",
         ),
+        # the spelling of Transformers before 5.18: a matrix product, and a device that means nothing
+        (
+            (
+                "freqs = position_ids[..., None].float() * "
+                "self.inv_freq.to(device=x.device, dtype=torch.float)",
+                "inv_freq_expanded = self.inv_freq[None, :, None].float()"
+                ".expand(position_ids.shape[0], -1, 1)\n"
+                "        position_ids_expanded = position_ids[:, None, :].float()\n"
+                '        device_type = x.device.type if x.device.type != "mps" else "cpu"\n'
+                "        freqs = (inv_freq_expanded @ position_ids_expanded).transpose(1, 2)",
+            ),
+            "neighbours",
+        ),
         # a sign, a frequency order and a pairing that are none of vLLM's
         (("torch.stack((-x2, x1), dim=-1)", "torch.stack((x2, x1), dim=-1)"), "unknown"),
         (("cos.shape[-1] // 2].repeat_interleave(2, dim=-1)", "cos.shape[-1]]"), "unknown"),

@@ -37,7 +37,15 @@ class Interpreter:
             if isinstance(statement, ast.Return) and statement.value is not None:
                 return (self.value(statement.value, values),)
             if isinstance(statement, ast.Assign):
-                value = self.value(statement.value, values)
+                try:
+                    value = self.value(statement.value, values)
+                except CannotTell as unknown:
+                    # Told only if it is used: a device's name, say, changes nothing here.
+                    for target in statement.targets:
+                        for name in ast.walk(target):
+                            if isinstance(name, ast.Name):
+                                values[name.id] = unknown
+                    continue
                 for target in statement.targets:
                     self._bind(target, value, values)
             elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
@@ -68,6 +76,8 @@ class Interpreter:
     def value(self, node: ast.expr, values: dict[str, Any]) -> Any:
         if isinstance(node, ast.Name):
             if node.id in values:
+                if isinstance(values[node.id], CannotTell):
+                    raise values[node.id]
                 return values[node.id]
             return self.free(node)
         if isinstance(node, ast.Constant):

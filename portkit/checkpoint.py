@@ -67,6 +67,12 @@ def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Given:
             str(folder / "config.json"),
             'Add it, e.g. "architectures": ["HeliumForCausalLM"]; vLLM chooses the class by it.',
         )
+    if not config.get("model_type") and "auto_map" not in config:
+        raise PortkitError(
+            'config.json does not say which configuration it is: no "model_type".',
+            str(folder / "config.json"),
+            'Add it, e.g. "model_type": "helium", or copy the whole config.json of the model.',
+        )
     pickles = tuple(sorted(path.name for kind in PICKLES for path in folder.glob(kind)))
     if pickles and not any(folder.glob("*.safetensors*")):
         if not allow_pickle:

@@ -197,9 +197,12 @@ def fix(
     """Apply the rules' fixes, after committing what is there; `portkit undo` takes them back."""
     from portkit.lint.engine import findings
     from portkit.lint.engine import fix as fix_port
+    from portkit.look import no_code
     from portkit.report.overview import fixed_report
 
     opened = _find(port)
+    if not opened.source:
+        raise no_code(opened)
     fixed = fix_port(opened, rule, unsafe=unsafe)
     _json(_rows(fixed)) if as_json else _print(fixed_report(fixed, len(findings(opened))))
 
@@ -364,3 +367,7 @@ def _walk(port: Any, wanted: list[str] | None, quiet: bool) -> list[Any]:
             events.append(event)
             ongoing.add(event_report(event, port.root))
     return events
+
+
+if __name__ == "__main__":
+    main()

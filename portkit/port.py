@@ -115,8 +115,10 @@ class Port:
         try:
             return tomlkit.parse(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomlkit.exceptions.ParseError) as error:
+            # tomlkit shows the end of the file as the character NUL.
+            reason = str(error).replace("Unexpected character: '\\x00'", "it ends too early")
             raise PortkitError(
-                f"port.toml cannot be read: {error}.", str(path), _RESTORE_META
+                f"port.toml cannot be read: {reason}.", str(path), _RESTORE_META
             ) from error
 
     # ---- changing it ------------------------------------------------------------------------
@@ -354,11 +356,17 @@ def open_port(name_or_path: str | Path) -> Port:
             with suppress(Timeout, PortkitError), port.locked(seconds=0):
                 pass
             return port
+    name = given.name if given.name.isidentifier() and given.name.islower() else "NAME"
     raise PortkitError(
         f"{str(name_or_path)!r} is not a port: there is no port.toml.",
         f"looked in {given} and {ports_dir() / given}",
-        f"Make one: portkit new {given.name or 'NAME'} --model ARCHITECTURE",
+        f"{_known()}Make one: `portkit new {name} --model ARCHITECTURE`.",
     )
+
+
+def _known() -> str:
+    names = sorted(path.parent.name for path in ports_dir().glob(f"*/{META}"))
+    return f"There are: {', '.join(names)}. " if names else ""
 
 
 def _validate(port: Port) -> None:
@@ -372,9 +380,12 @@ def _validate(port: Port) -> None:
                 str(path),
                 _RESTORE_META,
             )
-    if not (port.root / ".git").exists():
+    git = port.root / ".git"
+    if not (git.is_file() or (git / "HEAD").is_file()):  # a file in a worktree or submodule
         raise PortkitError(
-            f"{port.root.name} has a port.toml but no git repository, so nothing could be undone.",
+            f"{port.root.name} has a port.toml but no whole git repository, so nothing could be "
+            "undone.",
             str(port.root),
-            "Copy the port with its .git folder, or make a new one with `portkit new`.",
+            "Copy the port again with its .git folder. If that is lost: `git init && git add -A && "
+            "git commit -m start` in the folder begins a new history.",
         )

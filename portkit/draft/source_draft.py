@@ -44,7 +44,12 @@ def draft_source_outcome(
         cst.parse_module(source)
     except (SyntaxError, ValueError, ParserSyntaxError) as error:
         line = getattr(error, "lineno", None) or getattr(error, "raw_line", 0)
-        return DraftOutcome(step, "failed", reason=f"{path}, line {line}: the file does not parse.")
+        return DraftOutcome(
+            step,
+            "failed",
+            reason=f"{path}, line {line}: the file does not parse. Mend that line first; "
+            "`portkit tasks` shows it.",
+        )
     try:
         work = drafting(source, architecture)
     except Blocker as blocker:

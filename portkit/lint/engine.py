@@ -23,7 +23,7 @@ from portkit.lint.finding import Finding, PortContext
 from portkit.lint.registry import rule as rule_by_id
 from portkit.lint.registry import rules_of
 from portkit.lint.rule import Report, Rule, Target, TextRule
-from portkit.lint.source import Source
+from portkit.lint.source import Source, must_parse
 from portkit.port import Port
 
 ROUNDS = 20
@@ -33,14 +33,22 @@ IGNORE = re.compile(r"#\s*portkit:\s*ignore\[([\w\-, ]+)\]\s*(.*)")
 
 
 def findings(port: Port, step_id: str | None = None) -> list[Finding]:
-    """Return the findings of one step, or of all steps due (those passed and the next one)."""
+    """Return the findings of one step, or of all steps due (those passed and the next one).
+
+    PortkitError if a file of the port does not parse, also where no rule is due: "no tasks" would
+    be untrue.
+    """
     context = port_context(port)
     found: list[Finding] = []
     for target, path in _files(port).items():
         rules = [rule for rule in due_rules(port, step_id) if rule.target == target]
-        if rules and path.exists():
-            relative = path.relative_to(port.root).as_posix()
-            found += lint_source(_read(path), relative, rules, context)
+        if not path.exists():
+            continue
+        text, relative = _read(path), path.relative_to(port.root).as_posix()
+        if rules:
+            found += lint_source(text, relative, rules, context)
+        elif path.suffix == ".py":
+            must_parse(text, relative)
     return found
 
 
@@ -124,10 +132,11 @@ def fix(port: Port, rule: str | None = None, unsafe: bool = False) -> list[Findi
     fixed: list[Finding] = []
     for target, path in _files(port).items():
         chosen = [r for r in rules if r.target == target]
-        if not chosen or not path.exists():
+        if not path.exists():
             continue
-        old = _read(path)
-        relative = path.relative_to(port.root).as_posix()
+        old, relative = _read(path), path.relative_to(port.root).as_posix()
+        if path.suffix == ".py":
+            must_parse(old, relative)
         new, done = fix_source(old, chosen, context, path=relative, unsafe=unsafe)
         if new != old:
             changed[path] = new.encode()

@@ -6,6 +6,7 @@ names are resolved through the file's own import statements.
 
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -266,6 +267,14 @@ class _Gather(cst.CSTVisitor):
             self.current.layers.append(
                 Layer(attribute, dotted.rpartition(".")[2], dotted, value, method)
             )
+
+
+def must_parse(text: str, path: str = "") -> None:
+    """Raise PortkitError as `parse` does; for a file that parses it is much quicker."""
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError):
+        parse(text, path)
 
 
 def parse(text: str, path: str = "") -> cst.Module:

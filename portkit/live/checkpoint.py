@@ -222,9 +222,10 @@ def _shards(root: Path) -> list[Path]:
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         return dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = 'it has no "weight_map"' if isinstance(error, KeyError) else str(error)
         raise PortkitError(
-            f"{index.name} cannot be read: {error!r}.", str(index), "Restore it from the original."
+            f"{index.name} cannot be read: {reason}.", str(index), "Restore it from the original."
         ) from error
 
 

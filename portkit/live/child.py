@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 from portkit.live import processes, wire
 from portkit.live.environment import remember_readers
-from portkit.live.failure import describe
+from portkit.live.failure import describe, traceback_of
 from portkit.live.job import JobRequest
 
 DUMP_SIGNAL = signal.SIGUSR2
@@ -100,7 +100,7 @@ def _answer(request: JobRequest, answer: socket.socket) -> dict[str, Any]:
         wire.encode(message)
         return message
     except BaseException as error:
-        traceback.print_exc()
+        sys.stderr.write(traceback_of(error, request.port_root))
         return {"event": "error", **describe(error, request.port_root)}
 
 

@@ -11,12 +11,14 @@ import signal
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 
 from portkit.errors import PortkitError
 
 LONGEST = 2000
 """Characters of an exception's message that are kept in `what`; the log has all of it."""
 
+_PORTKIT = Path(__file__).resolve().parent.parent
 _RANK_LINE = re.compile(r"\(Worker\S*_TP(?P<rank>\d+)[^)]*\) [A-Z]+ \S+ \S+ \[[^]]+\] (?P<text>.*)")
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+),? in (?P<name>[^\n]+)')
 
@@ -27,6 +29,36 @@ def describe(error: BaseException, port_root: str) -> dict[str, str]:
         return error.to_dict()
     where = next((found for link in chain(error) if (found := _where(link, port_root))), "")
     return {"what": _what(error), "where": where, "next": _next(error, where)}
+
+
+def traceback_of(error: BaseException, port_root: str) -> str:
+    """Return what the log gets: as much of the traceback as is about the port.
+
+    Nothing for an error that says what, where and next by itself; the line and its caret for a file
+    that does not parse; else the traceback from where portkit's job leaves portkit. If the port
+    has no part in it, everything: it is then portkit's or vLLM's fault.
+    """
+    if isinstance(error, PortkitError):
+        cause = error.__cause__
+        return "" if cause is None else traceback_of(cause, port_root)
+    if isinstance(error, SyntaxError) and error.filename and _inside(error.filename, port_root):
+        return "".join(traceback.format_exception_only(error))
+    if not any(_where(link, port_root) for link in chain(error)):
+        return "".join(traceback.format_exception(error))
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None and _scaffold(trace):
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(type(error), error, trace))
+
+
+def _scaffold(trace: TracebackType) -> bool:
+    """True for a frame of portkit, or of the import machinery that it called."""
+    file = trace.tb_frame.f_code.co_filename
+    return (
+        Path(file).is_relative_to(_PORTKIT)
+        or file.startswith("<frozen importlib")
+        or Path(file).parent.name == "importlib"
+    )
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:

@@ -20,7 +20,7 @@ def import_port(port: Port) -> ModuleType:
         raise PortkitError(
             "The port has no modeling file yet.",
             str(port.modeling.relative_to(port.root)),
-            "Do the step `copy` first.",
+            "Step 1 brings it: notebook 01_copy, or `portkit draft copy --apply`.",
         )
     package = port.package  # read from port.toml each time; there are thousands of modules
     for name in [n for n in sys.modules if n == package or n.startswith(package + ".")]:

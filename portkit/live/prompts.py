@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from portkit.errors import PortkitError
 from portkit.live.checkpoint import Checkpoint
 from portkit.models import find
 from portkit.port import Port
@@ -37,6 +38,12 @@ class Prompts:
 
 def prompts_for(port: Port, checkpoint: Checkpoint, *, longest: int) -> Prompts:
     """Return the prompts for a port's checkpoint; `longest` is the engine's max_model_len."""
+    if not isinstance(checkpoint.config.get("vocab_size"), int):
+        raise PortkitError(
+            'config.json does not say how many tokens the model knows: no "vocab_size".',
+            str(checkpoint.root / "config.json"),
+            "Copy the whole config.json of the model beside the weights.",
+        )
     vocab = int(checkpoint.config["vocab_size"])
     texts = _texts(port, checkpoint)
     room = max(8, min(longest - 16, CELLS // vocab))

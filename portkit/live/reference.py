@@ -131,7 +131,17 @@ def load_model(cls: type, checkpoint: Checkpoint, device: str = "cpu") -> nn.Mod
         attn_implementation=ATTENTION,
         local_files_only=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # said below, in words
     )
+    wrong = sorted(info.get("mismatched_keys", ()), key=str)
+    if wrong:
+        name, stored, wanted = wrong[0]
+        raise PortkitError(
+            f"{len(wrong)} tensors of the checkpoint have another shape than config.json says, "
+            f"e.g. {name}: {list(stored)} in the shards, {list(wanted)} by the configuration.",
+            str(checkpoint.root / "config.json"),
+            "Config and shards are of different models: copy both from the same one.",
+        )
     missing = sorted(info.get("missing_keys", ()))
     if missing:
         raise PortkitError(

@@ -91,7 +91,8 @@ def after_checks(
             (
                 Line(hint.nudge),
                 Line(
-                    f'`step.hint("{hint.key}", "pointer")` says more, "answer" shows the change.',
+                    f'`step.hint("{hint.key}", "pointer")` says more, "answer" shows the change; '
+                    f"in a shell `portkit hint {hint.key} --level pointer`.",
                     "note",
                 ),
             ),
@@ -139,7 +140,14 @@ def hints_report(hints: Sequence[Hint], level: str, diffs: Mapping[str, str]) ->
             )
     deeper = LEVELS[LEVELS.index(level) + 1 :]
     if deeper:
-        blocks.append(Line(f'More: `step.hint("{hints[0].key}", "{deeper[0]}")`', "note"))
+        key, level = hints[0].key, deeper[0]
+        blocks.append(
+            Line(
+                f'More: `step.hint("{key}", "{level}")`, in a shell '
+                f"`portkit hint {key} --level {level}`.",
+                "note",
+            )
+        )
     return Report(tuple(blocks), values=tuple(hints))
 
 

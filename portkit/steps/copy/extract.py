@@ -76,9 +76,13 @@ def extract(source: str, root: str, path: str, resolve: Resolve) -> Extracted:
     module = parse(source, path)
     names = class_names(module)
     if root not in names:
-        near = closest(root, names) or ", ".join(names[:8]) or "no class at all"
+        near = closest(root, names) or ", ".join(names[:8])
         raise PortkitError(
-            f"{path} defines no class {root}.", path, f"It has: {near}. Name one of its classes."
+            f"{path} defines no class {root}.",
+            path,
+            f"It has: {near}. Name one of its classes: `--model CLASS`."
+            if near
+            else "It defines no class at all. Give the file that defines the model.",
         )
     cleaner = _Cleaner(resolve)
     module = module.visit(cleaner)

@@ -76,6 +76,8 @@ def find(text: str, step_id: str | None = None) -> tuple[Hint, ...]:
 
 def for_failure(verdict: Verdict) -> Hint | None:
     """Return the hint for a failed verdict: that of the check whose symptoms fit best, if any."""
+    if not verdict.judged:
+        return None
     own = [h for h in hints_of(verdict.step) if h.key == verdict.check]
     if len(own) < 2:
         return own[0] if own else None

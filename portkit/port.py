@@ -360,13 +360,13 @@ def open_port(name_or_path: str | Path) -> Port:
     raise PortkitError(
         f"{str(name_or_path)!r} is not a port: there is no port.toml.",
         f"looked in {given} and {ports_dir() / given}",
-        f"{_known()}Make one: `portkit new {name} --model ARCHITECTURE`.",
+        f"{_known()}: `portkit new {name} --model ARCHITECTURE`.",
     )
 
 
 def _known() -> str:
     names = sorted(path.parent.name for path in ports_dir().glob(f"*/{META}"))
-    return f"There are: {', '.join(names)}. " if names else ""
+    return f"Known ports: {', '.join(names)}. Or make one" if names else "Make one"
 
 
 def _validate(port: Port) -> None:

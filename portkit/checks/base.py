@@ -78,7 +78,12 @@ class Check(ABC):
             job.what,
             (),
             job,
-            {"where": job.where, "next": next or job.next, "log": job.log_tail},
+            {
+                "where": job.where,
+                "next": next or job.next,
+                "log": job.log_tail,
+                "judged": bool(job.device),  # empty if the worker could not start
+            },
         )
 
     def _verdict(self, status, what, tables, job, more) -> Verdict:

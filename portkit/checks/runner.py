@@ -143,10 +143,8 @@ def _run_one(check: type[Check], port: Port, say: Progress) -> Verdict:
 
     started = time.monotonic()
     instance = check()
-    if check.step != steps()[0].id and not port.source.strip():
-        from portkit.look import no_code
-
-        return instance.failed(**no_code(port).to_dict())  # known without starting a worker
+    if check.step != steps()[0].id and (error := _unreadable(port)):  # no worker is needed
+        return instance.failed(**error.to_dict(), judged=False)
     try:
         verdict = instance.run(CheckContext(port=port, live=live_for(port), progress=say))
         if not isinstance(verdict, Verdict):
@@ -163,6 +161,20 @@ def _run_one(check: type[Check], port: Port, say: Progress) -> Verdict:
             next="Run it again. If it stops again, that log belongs in a bug report for portkit.",
         )
     return replace(verdict, seconds=verdict.seconds or round(time.monotonic() - started, 3))
+
+
+def _unreadable(port: Port) -> PortkitError | None:
+    """Return why there is no code that could be checked: none yet, or it does not parse."""
+    from portkit.lint.source import must_parse
+    from portkit.look import no_code
+
+    try:
+        if not port.source.strip():
+            return no_code(port)
+        must_parse(port.source, port.modeling.relative_to(port.root).as_posix())
+    except PortkitError as error:
+        return error
+    return None
 
 
 def completes(step: str | Step, verdicts: Collection[Verdict]) -> bool:

@@ -42,6 +42,9 @@ class Verdict:
     """"cpu" or "cuda", empty if nothing ran."""
     device_reason: str = ""
     seconds: float = 0.0
+    judged: bool = True
+    """False for a failure before the port's code could run: vLLM missing, a file that does not
+    parse. Hints about the code would lead astray then."""
 
     @property
     def ok(self) -> bool:

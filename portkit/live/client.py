@@ -21,6 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from portkit.atomic import cannot_write
 from portkit.errors import PortkitError
 from portkit.live import processes, wire
 from portkit.live.job import JobRequest, JobResult
@@ -75,11 +76,17 @@ class Live:
             self._holder = threading.get_ident()
             try:
                 request = JobRequest(job, str(self.root or ""), args, timeout)
+                log = self._log_path(job)
+                try:
+                    log.parent.mkdir(parents=True, exist_ok=True)
+                    log.touch()
+                except OSError as error:  # the worker could not tell: its words go there
+                    return JobResult(job, "error", **cannot_write(log, error).to_dict())
                 try:
                     worker = self._ready(say)
                 except WorkerError as error:
                     return JobResult(job, "error", log_tail=error.log, **error.to_dict())
-                result = self._converse(worker, request, say, max_memory_mib)
+                result = self._converse(worker, request, log, say, max_memory_mib)
                 return replace(result, device=worker.device[0], device_reason=worker.device[1])
             finally:
                 self._holder = 0
@@ -136,10 +143,10 @@ class Live:
         self,
         worker: Worker,
         request: JobRequest,
+        log: Path,
         say: Callable[[str], None],
         max_memory_mib: float | None,
     ) -> JobResult:
-        log = self._log_path(request.job)
         order = wire.encode(
             {
                 "request": asdict(request),

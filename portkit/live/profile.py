@@ -86,7 +86,9 @@ CUDA = Profile(
         **_OPTIONS,
         # The Triton kernel multiplies float32 as TF32 (three decimal digits); this one does not.
         "attention_config": {"backend": "FLEX_ATTENTION"},
-        # A tiny model needs next to nothing, and the GPU may be shared.
-        "gpu_memory_utilization": 0.2,
+        # The GPU may be shared by a room: a small part must be free, and the cache's size is given,
+        # since vLLM's measuring of it stops when a neighbour frees memory meanwhile.
+        "gpu_memory_utilization": 0.05,
+        "kv_cache_memory_bytes": 1 << 30,
     },
 )

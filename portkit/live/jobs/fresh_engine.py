@@ -27,6 +27,7 @@ USER_OPTIONS = (
     "enforce_eager",
     "max_num_seqs",
     "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
     "attention_config",
 )
 """What a fresh process needs of the profile: float32 (tokens must be equal) and a small engine."""

@@ -35,7 +35,6 @@ USERS = {
     "enable_prompt_embeds": False,
     "max_num_batched_tokens": 2048,
     "block_size": None,
-    "num_gpu_blocks_override": None,
 }
 """What differs from the checks of the earlier steps: vLLM's own defaults."""
 
@@ -51,6 +50,8 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
         "enforce_eager": args["eager"],
         "dtype": args["dtype"],
         "max_model_len": longest,
+        # Eager FlexAttention (CUDA, float32) computes over every block that there is.
+        "num_gpu_blocks_override": 256 if args["eager"] else None,
     }
     if args["dtype"] == "auto":
         options["attention_config"] = None  # vLLM's own choice of kernel

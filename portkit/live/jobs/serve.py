@@ -91,6 +91,7 @@ def _options(config: dict[str, Any]) -> list[str]:
     ]
     if "gpu_memory_utilization" in options:
         words += ["--gpu-memory-utilization", str(options["gpu_memory_utilization"])]
+        words += ["--kv-cache-memory-bytes", str(options["kv_cache_memory_bytes"])]
     if "attention_config" in options:
         words += ["--attention-config", json.dumps(options["attention_config"])]
     return words

@@ -105,7 +105,10 @@ def _vllm(
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if eager:
         torch.compiler.set_stance("force_eager")
-    memory = Profile.for_device(find_device()[0]).options.get("gpu_memory_utilization")
+    profile = Profile.for_device(find_device()[0]).options
+    memory = {
+        k: profile[k] for k in ("gpu_memory_utilization", "kv_cache_memory_bytes") if k in profile
+    }
     llm = LLM(
         str(checkpoint.root),
         skip_tokenizer_init=True,
@@ -117,7 +120,7 @@ def _vllm(
         max_model_len=args["tokens_in"] + args["tokens_out"],
         max_num_seqs=max(args["batches"]),
         disable_log_stats=True,
-        **({"gpu_memory_utilization": memory} if memory else {}),
+        **memory,
     )
     (served,) = set(
         llm.apply_model(lambda model: f"{type(model).__module__}.{type(model).__qualname__}")

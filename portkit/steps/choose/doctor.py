@@ -216,6 +216,8 @@ def _needed_by_vllm(name: str) -> Finding:
         f"{found} (vLLM asks for {asked})" if asked else found,
         fits,
         f"vLLM asks for {name} {asked}. {SETUP}",
+        # Whether another version does is found out live: the worker imports and computes.
+        required=False,
     )
 
 

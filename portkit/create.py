@@ -8,6 +8,7 @@ model is run, unless the reader says `trust_remote_code` (which is only recorded
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -176,12 +177,19 @@ class _explain(suppress):
     def __exit__(self, kind, error, trace) -> bool:
         if isinstance(error, OSError):
             raise PortkitError(
-                f"The port could not be made: {error.strerror or error}.",
+                f"The port could not be made: {_reason(error)}.",
                 str(error.filename or self.place),
                 "Nothing was left behind. Free some disk space, or choose a folder you may write "
                 "to (PORTKIT_PORTS, --root).",
             ) from error
         return False
+
+
+def _reason(error: OSError) -> str:
+    """Return the system's words; of a copy of many files, those of the first that failed."""
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        return re.sub(r": '.*", "", str(error.args[0][0][2]))
+    return str(error.strerror or error)
 
 
 # ---- what was asked for -------------------------------------------------------------------------

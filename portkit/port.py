@@ -135,21 +135,25 @@ class Port:
             yield
             return
         owner = self.state_dir / "lock.owner"
+        lock = FileLock(self.state_dir / "lock", timeout=seconds)
         try:
-            with FileLock(self.state_dir / "lock", timeout=seconds):
-                held.add(key)
-                try:
-                    write_atomically(owner, json.dumps({"pid": os.getpid()}))
-                    self._recover()
-                    yield
-                finally:
-                    held.discard(key)
+            lock.acquire()
         except Timeout as error:
             raise PortkitError(
                 f"Another portkit{_owner(owner)} is changing the port in {self.root.name!r} now.",
                 str(self.root),
                 "Wait for it to finish, or close the other notebook or command.",
             ) from error
+        except OSError as error:  # a read-only folder
+            raise cannot_write(self.state_dir / "lock", error) from error
+        try:
+            held.add(key)
+            write_atomically(owner, json.dumps({"pid": os.getpid()}))
+            self._recover()
+            yield
+        finally:
+            held.discard(key)
+            lock.release()
 
     def apply(
         self,

@@ -74,10 +74,16 @@ class Repository:
             said = (done.stderr.strip() or done.stdout.strip()).decode(errors="replace")
             locked = ".lock': File exists" in said
             if not locked or (not self.remove_stale_locks() and time.monotonic() > deadline):
+                full = "No space left" in said or "quota" in said or "File too large" in said
+                remedy = (
+                    "Free some disk space, then try again."
+                    if full
+                    else "Run that git command in the folder to see more."
+                )
                 raise PortkitError(
                     f"git {arguments[0]} failed: {said}",
                     str(self.root),
-                    "Your files are as they were. Run that git command in the folder to see more.",
+                    f"Your files are as they were. {remedy}",
                 )
             time.sleep(0.05)
 

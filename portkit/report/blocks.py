@@ -31,6 +31,8 @@ class Heading:
     """A line that titles what follows."""
 
     text: str
+    level: int = 2
+    """1 titles a whole page."""
 
 
 @dataclass(frozen=True)

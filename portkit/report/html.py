@@ -66,8 +66,9 @@ def inline(text: str) -> str:
 
 def _draw(block: Block) -> str:
     match block:
-        case Heading(text):
-            style = "font-weight:600;font-size:1.05em;margin:.7em 0 .3em"
+        case Heading(text, level):
+            size = "1.5em" if level == 1 else "1.05em"
+            style = f"font-weight:600;font-size:{size};margin:.7em 0 .3em"
             return f'<div style="{style}">{inline(text)}</div>'
         case Line():
             return _line(block)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from html import escape
 
 from portkit.checks.verdict import Table
 from portkit.report.blocks import SYMBOLS, Block, Code, Diff, Fold, Heading, Line, Link, Log, Pairs
@@ -11,35 +13,43 @@ from portkit.report.text import cell
 
 def to_markdown(blocks: Iterable[Block]) -> str:
     """Return the blocks as Markdown that renders on GitHub without HTML but for folds."""
-    return "\n".join(_draw(block).rstrip("\n") + "\n" for block in blocks)
+    drawn, last = "", None
+    for block in blocks:
+        # Items of one list stay together; everything else stands apart.
+        apart = "" if drawn == "" or (isinstance(block, Line) and isinstance(last, Line)) else "\n"
+        drawn += apart + _draw(block).rstrip("\n") + "\n"
+        last = block
+    return drawn
 
 
 def _draw(block: Block) -> str:
     match block:
-        case Heading(text):
-            return f"## {text}\n"
+        case Heading(text, level):
+            return f"{'#' * level} {_flat(text)}"
         case Line():
             mark = f"{SYMBOLS[block.mark]} " if block.mark else ""
-            label = f"**{block.label}:** " if block.label else ""
-            aside = f" _({block.aside})_" if block.aside else ""
+            label = f"**{_flat(block.label)}:** " if block.label else ""
+            aside = f" _({_flat(block.aside)})_" if block.aside else ""
             return f"{'  ' * block.indent}- {mark}{label}{_flat(block.text)}{aside}"
         case Pairs(rows):
             return _table(("", ""), rows)
         case Table():
-            title = f"**{block.title}**\n\n" if block.title else ""
-            note = f"\n{block.note}\n" if block.note else ""
+            title = f"**{_flat(block.title)}**\n\n" if block.title else ""
+            note = f"\n{_flat(block.note)}\n" if block.note else ""
             return f"{title}{_table(block.columns, block.rows)}{note}"
         case Code(text):
-            return f"```python\n{text}\n```"
+            return _fence(text, "python")
         case Diff(text):
-            return f"```diff\n{text}\n```"
+            return _fence(text, "diff")
         case Log(text):
-            return f"```\n{text}\n```"
+            return _fence(text)
         case Link():
-            return f"- {block.text}: `{block.path}`"
+            return f"- {_flat(block.text)}: `{block.path}`"
         case Fold():
             inside = to_markdown(block.blocks)
-            return f"<details><summary>{block.summary}</summary>\n\n{inside}\n</details>\n"
+            mark = f"{SYMBOLS[block.mark]} " if block.mark else ""
+            summary = f"<summary>{mark}{escape(block.summary)}</summary>"
+            return f"<details>{summary}\n\n{inside}\n</details>"
     raise TypeError(f"no Markdown form for {type(block).__name__}")
 
 
@@ -54,5 +64,13 @@ def _table(columns: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
     )
 
 
+def _fence(text: str, language: str = "") -> str:
+    """A fence longer than any in the text."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
 def _flat(text: str) -> str:
-    return " ".join(str(text).split())
+    """One line; outside of `code` nothing is markup (model.layers.*, <unk>)."""
+    parts = re.split(r"(`[^`\n]+`)", " ".join(str(text).split()))
+    return "".join(p if i % 2 else re.sub(r"([<*])", r"\\\1", p) for i, p in enumerate(parts))

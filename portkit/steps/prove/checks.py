@@ -13,16 +13,20 @@ from portkit.live.job import JobResult
 from portkit.port import Port, write_atomically
 from portkit.report.html import page
 from portkit.report.markdown import to_markdown
-from portkit.report.proof import proof_report
+from portkit.report.proof import Proof, proof_report
 from portkit.steps.prove.gather import gather
+from portkit.steps.prove.judging import how, judge
 from portkit.steps.register import tree
 
-EXACT = 1e-3
-"""Largest |Δ log p| in float32: correct ports lie at 1e-5 to 1e-4, the seeded bugs above 1e-2."""
-FLOOR = 2.0
-"""In half precision: at most this many times Transformers' own mean distance from float32. Two
-implementations round independently, so a correct port is about as far from float32 as that is."""
 TOKENS = 24
+ALONE = (
+    "One rank is right: a rank's part is taken for the whole (a sum that is not reduced, heads "
+    "that are not divided)."
+)
+FIXED = (
+    "Eager passes and compiled does not: a Python branch or value in forward (a number of tokens, "
+    "a first call, an attribute kept between calls) was fixed when vLLM traced it."
+)
 
 
 class _AsUsers(Check):
@@ -32,6 +36,7 @@ class _AsUsers(Check):
     timeout = 600.0
 
     def live(self, context: CheckContext, **args: Any) -> JobResult:
+        """Run the job `prove_run`; vLLM's own rule comes from its source, unpacked once."""
         rule = context.port.state_dir / "vllm-source"
         if not (rule / "tests" / "models" / "utils.py").is_file():
             tree.unpack(rule)
@@ -44,70 +49,10 @@ class _AsUsers(Check):
             **args,
         )
 
-    def judge(self, job: JobResult) -> tuple[str, str, Table]:
-        """Return (problem or "", most likely cause, table) of one run."""
-        value, rows = job.value, job.value["rows"]
-        exact = value["dtype"] == "float32"
-        table = Table(
-            f"{value['dtype']}, {_how(value)}: distance of log-probabilities to Transformers in "
-            "float32",
-            (
-                "prompt tokens",
-                "generated",
-                "first other token",
-                "max",
-                "mean",
-                "Transformers' own mean",
-            ),
-            tuple(
-                (
-                    r["prompt"],
-                    r["tokens"],
-                    "none" if r["first_mismatch"] is None else r["first_mismatch"],
-                    f"{r['max']:.1e}",
-                    f"{r['mean']:.1e}",
-                    f"{r['floor_mean']:.1e}",
-                )
-                for r in rows
-            ),
-            note=f"Computed tokens: {value['scheduled'][0]} the first time, "
-            f"{value['scheduled'][1]} from cached prefixes. The last column is Transformers in "
-            "this precision against float32.",
-        )
-        if not value["rule"]["ok"]:
-            return (
-                "vLLM's own rule (check_logprobs_close, top 5) fails: "
-                f"{value['rule']['text'][:300]}",
-                "",
-                table,
-            )
-        worst = max(rows, key=lambda r: r["max"])
-        if exact and worst["max"] > EXACT:
-            return (
-                f"|Δ log p| is {worst['max']:.1e} on a prompt of {worst['prompt']} tokens; "
-                f"{EXACT:.0e} is the bound.",
-                "Eager passes and this does not: Python in forward depends on data, or keeps state "
-                "between calls.",
-                table,
-            )
-        ratio = sum(r["mean"] for r in rows) / max(sum(r["floor_mean"] for r in rows), 1e-9)
-        if not exact and ratio > FLOOR:
-            return (
-                f"In {value['dtype']} the port is {ratio:.1f} times as far from float32 as "
-                f"Transformers itself is; {FLOOR:g} is the bound.",
-                "Something that Transformers computes in float32 (norm, softmax, router, rotary) "
-                f"is computed in {value['dtype']} here.",
-                table,
-            )
-        if not all(r["again_equal"] for r in rows):
-            return (
-                "With its prefix cached, a prompt is continued with other tokens.",
-                "Something other than the tokens before decides what is in the KV cache.",
-                table,
-            )
-        if value["scheduled"][1] >= value["scheduled"][0]:
-            return "Prefix caching was on, but no cached token was used.", "", table
-        return "", "", table
+    def right(self, context: CheckContext, **args: Any) -> bool:
+        """Whether a simpler run is right: that narrows a failure down."""
+        job = self.live(context, **args)
+        return job.ok and not judge(job.value).problem
 
 
 class AsUsersRunIt(_AsUsers):
@@ -127,8 +72,8 @@ class AsUsersRunIt(_AsUsers):
             job = self.live(context, tensor_parallel_size=1, eager=False, dtype=dtype)
             if not job.ok:
                 return self.failed_job(job)
-            problem, cause, table = self.judge(job)
-            tables.append(table)
+            found = judge(job.value)
+            tables.append(found.table)
             if not job.value["compiled"]:
                 return self.failed(
                     "vLLM did not compile the port.",
@@ -137,17 +82,21 @@ class AsUsersRunIt(_AsUsers):
                     where=context.port.module,
                     next="Put @support_torch_compile on the inner model class (step 3).",
                 )
-            if problem:
+            if found.problem:
+                eager = self.right(context, tensor_parallel_size=1, eager=True, dtype=dtype)
                 return self.failed(
-                    problem,
+                    found.problem,
                     *tables,
                     job=job,
                     where=context.port.module,
-                    causes=tuple(filter(None, [cause])),
-                    next="Compare with an eager run: portkit check weights --only load_parity",
+                    causes=tuple(filter(None, [FIXED if eager else found.cause])),
+                    next="Decide in __init__ what can be decided there; say the rest in tensors."
+                    if eager
+                    else "It is wrong without compilation too: portkit check weights",
+                    log=found.log,
                 )
         return self.passed(
-            f"{', '.join(job.value['compiled'])} compiled ({_how(job.value)}); vLLM's rule holds "
+            f"{', '.join(job.value['compiled'])} compiled ({how(job.value)}); vLLM's rule holds "
             f"and the distances are rounding, in float32 and in {job.value['dtype']}.",
             *tables,
             job=job,
@@ -167,17 +116,23 @@ class TensorParallel(_AsUsers):
         job = self.live(context, tensor_parallel_size=2, eager=True, dtype="float32")
         if not job.ok:
             return self.failed_job(job)
-        problem, cause, table = self.judge(job)
-        if problem:
+        found = judge(job.value)
+        if found.problem:
+            one = self.right(context, tensor_parallel_size=1, eager=True, dtype="float32")
             return self.failed(
-                problem,
-                table,
+                found.problem,
+                found.table,
                 job=job,
                 where=context.port.module,
-                causes=tuple(filter(None, [cause])),
-                next="portkit check parallel: its rehearsals say which module differs.",
+                causes=tuple(filter(None, [ALONE if one else found.cause])),
+                next="portkit check parallel: its rehearsals say which module differs."
+                if one
+                else "It is wrong on one rank too: portkit check weights",
+                log=found.log,
             )
-        return self.passed("Two ranks agree with Transformers: rule and distance.", table, job=job)
+        return self.passed(
+            "Two ranks agree with Transformers: rule and distance.", found.table, job=job
+        )
 
 
 class Speed(Check):
@@ -259,13 +214,11 @@ class ReportWritten(Check):
     def run(self, context: CheckContext) -> Verdict:
         port = context.port
         proof = gather(port)
-        written = write_report(port)
-        failed = [
-            v.check for found in proof.verdicts.values() for v in found if v.status == "failed"
-        ]
-        if failed:
+        written = write_report(port, proof)
+        if proof.failed:
+            failed = ", ".join(v.check for v in proof.failed)
             return self.failed(
-                f"The report is written, and it says that these failed: {', '.join(failed)}.",
+                f"The report is written, and it says that these failed: {failed}.",
                 where=str(written[0]),
                 next="Mend the port and run those checks: portkit check all",
             )
@@ -283,20 +236,13 @@ class ReportWritten(Check):
 CHECKS = (AsUsersRunIt, TensorParallel, Speed, ReportWritten)
 
 
-def write_report(port: Port) -> tuple[Path, Path]:
+def write_report(port: Port, proof: Proof) -> tuple[Path, Path]:
     """Write report/<name>.html and .md in the port and return their paths."""
-    report = proof_report(gather(port))
+    report = proof_report(proof)
     html, markdown = (port.root / "report" / f"{port.name}.{kind}" for kind in ("html", "md"))
     write_atomically(html, page(report.blocks, f"{port.architecture} in vLLM"))
     write_atomically(markdown, to_markdown(report.blocks))
     return html, markdown
-
-
-def _how(value: dict[str, Any]) -> str:
-    if not value["compiled"]:
-        return "eager"
-    graphs = "" if value["cudagraphs"] == "NONE" else f", CUDA graphs {value['cudagraphs']}"
-    return f"compilation mode {value['mode']}{graphs}"
 
 
 def _rate(rates: list[float], ours: list[float]) -> tuple[str, str]:

@@ -243,7 +243,9 @@ class _Frequencies(_Indices):
         return "positions" if "position" in node.id else super().free(node)
 
     def attribute(self, node: ast.Attribute, values: dict[str, Any]) -> Any:
-        return self.frequencies if text(node) == "self.inv_freq" else super().attribute(node, values)
+        return (
+            self.frequencies if text(node) == "self.inv_freq" else super().attribute(node, values)
+        )
 
 
 def _expected(style: str, rotary_dim: int, prefix: str) -> tuple[Any, ...]:

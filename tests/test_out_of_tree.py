@@ -60,6 +60,11 @@ def test_before_the_draft_nothing_is_registered(port):
             "initialises CUDA",
         ),
         (
+            "    from vllm import",
+            "    import torch; torch.cuda.current_device()\n    from vllm import",
+            "initialises CUDA",
+        ),
+        (
             '        "HeliumForCausalLM",\n',
             '        "HeliumForCasualLM",\n',
             "does not know HeliumForCausalLM",
@@ -77,6 +82,8 @@ def test_a_wrong_register_is_named(port, plugin, old, new, said):
     port.init_file.write_text(plugin.replace(old, new, 1))
     verdict = run(NoCudaOnImport, port)
     assert verdict.status == "failed" and said in verdict.what
+    if "CUDA" in said:  # the port's own line, not torch's
+        assert "vllm_helium/__init__.py:" in verdict.where
 
 
 def test_a_misspelt_group_is_named(port, plugin):

@@ -15,14 +15,12 @@ from portkit.checks.runner import all_checks
 from portkit.checks.verdict import Table, Verdict
 from portkit.create import new_port
 from portkit.draft.pipeline import apply_draft
+from portkit.hints import find, for_failure
 from portkit.live.client import live_for
 from portkit.port import Port
 from portkit.steps.prove.checks import AsUsersRunIt, ReportWritten, TensorParallel
 from portkit.steps.prove.gather import LIMITS
 from portkit.steps.prove.judging import judge
-
-live = [pytest.mark.vllm, pytest.mark.timeout(300)]
-
 
 # ---- the engine as users run it -----------------------------------------------------------------
 
@@ -76,6 +74,7 @@ def test_a_model_that_is_not_compiled_is_named_as_that(bench):
     verdict = run(bench, AsUsersRunIt, edit("@support_torch_compile\n", ""))
     assert verdict.status == "failed"
     assert "did not compile" in verdict.what and "@support_torch_compile" in verdict.next
+    assert "Not compiled" in for_failure(verdict).pointer
 
 
 @pytest.mark.vllm
@@ -91,6 +90,7 @@ def test_a_branch_that_tracing_fixes_is_seen_only_compiled(bench):
     verdict = run(bench, AsUsersRunIt, seed)
     assert verdict.status == "failed" and "Δ log p" in verdict.what
     assert "Eager passes and compiled does not" in verdict.causes[0]
+    assert "vLLM traces forward once" in for_failure(verdict).pointer
     assert "__init__" in verdict.next
 
 
@@ -151,7 +151,6 @@ ROW = {
     "mean": 1e-6,
     "again": 0.0,
     "again_equal": True,
-    "floor_max": 0.0,
     "floor_mean": 0.0,
 }
 RUN = {
@@ -160,7 +159,7 @@ RUN = {
     "mode": "VLLM_COMPILE",
     "cudagraphs": "NONE",
     "scheduled": [709, 581],
-    "rule": {"ok": True, "text": "", "mismatches": 0},
+    "rule": {"ok": True, "text": ""},
     "rows": [ROW],
 }
 
@@ -179,7 +178,7 @@ def test_a_right_run_has_no_problem():
         (
             value(
                 {"first_mismatch": 3},
-                rule={"ok": False, "text": "Test0:\nMatched tokens: [1]", "mismatches": 1},
+                rule={"ok": False, "text": "Test0:\nMatched tokens: [1]"},
             ),
             "fails at token 3 after a prompt of 200 tokens",
         ),
@@ -192,6 +191,35 @@ def test_a_right_run_has_no_problem():
 )
 def test_each_way_to_be_wrong_is_said(wrong, said):
     assert said in judge(wrong).problem
+
+
+@pytest.mark.parametrize(
+    ("wrong", "pointer"),
+    [
+        (value({"mean": 0.3, "floor_mean": 0.1}, dtype="bfloat16"), "original: norms"),
+        (value({"again_equal": False}), "A cached block"),
+        (value({"again": 0.01}), "A cached block"),
+    ],
+)
+def test_the_hint_fits_what_is_wrong(wrong, pointer):
+    found = judge(wrong)
+    verdict = AsUsersRunIt().failed(found.problem, causes=(found.cause,))
+    assert pointer in for_failure(verdict).pointer
+
+
+@pytest.mark.parametrize(
+    ("symptom", "key"),
+    [
+        ("Cannot re-initialize CUDA in forked subprocess", "no_cuda_on_import"),
+        ("it works in the notebook but nowhere else", "fresh_process"),
+        ("git apply refuses the patch", "patch_applies"),
+        ("test_hf_registry_coverage fails", "registry_tests"),
+        ("slower than the Transformers backend", "speed"),
+        ("answer does not stop", "serves"),
+    ],
+)
+def test_hints_are_found_by_symptom(symptom, key):
+    assert find(symptom)[0].key == key
 
 
 # ---- the report ---------------------------------------------------------------------------------

@@ -45,7 +45,6 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
         request.args["python"] or sys.executable,
         "fresh_engine.py",
         {
-            "architecture": port.architecture,
             "checkpoint": str(port.checkpoint.resolve()),
             "prompts": prompts,
             "max_tokens": TOKENS,

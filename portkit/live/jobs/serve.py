@@ -1,7 +1,7 @@
 """Serve the port over HTTP as a user would and ask it with the `openai` client.
 
 args: command (the words before the server's options), environment, cwd.
-value: answers [{endpoint, prompt, text, expected, finish_reason, expected_reason}], models,
+value: answers [{endpoint, prompt, text, expected, finish_reason, expected_reason}],
 seconds_up.
 """
 
@@ -60,17 +60,16 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     ) as base:
         seconds_up = time.monotonic() - began
         client = openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0, timeout=120)
-        models = [model.id for model in client.models.list().data]
+        model = client.models.list().data[0].id
         say(f"the server is up after {seconds_up:.0f} s; asking it")
-        answers = [_complete(client, models[0], text) for text in texts]
+        answers = [_complete(client, model, text) for text in texts]
         tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.root), local_files_only=True)
         if tokenizer.chat_template:
-            answers.append(_chat(client, models[0], texts[0]))
+            answers.append(_chat(client, model, texts[0]))
     say("Transformers on the same prompts")
     reference = Reference(port, checkpoint)
     return {
         "answers": [_expect(a, reference, tokenizer, checkpoint.root) for a in answers],
-        "models": models,
         "seconds_up": seconds_up,
     }
 

@@ -1,7 +1,7 @@
 """Run vLLM's own tests for one architecture, in a tree that the port's patch was applied to.
 
 args: tree (the unpacked source), select (pytest's -k), environment (extra variables).
-value: outcomes {"test id": "passed" | "failed" | "skipped"}, tail.
+value: outcomes {test id: "passed" | "failed" | "skipped"}, messages {failed test id: text}, tail.
 """
 
 from __future__ import annotations
@@ -68,6 +68,5 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     return {
         "outcomes": outcomes,
         "messages": messages,
-        "exit": done.returncode,
         "tail": done.stdout[-3000:],
     }

@@ -15,14 +15,7 @@ from served_class import class_and_file  # beside this script
 def main() -> None:
     with open(sys.argv[1]) as stream:
         request = json.load(stream)
-    import torch
     import vllm
-    from vllm.plugins import load_general_plugins
-
-    load_general_plugins()
-    load_general_plugins()  # vLLM does so in each process, and more than once
-    cuda_after_plugins = torch.cuda.is_initialized()
-    from vllm.model_executor.models import ModelRegistry
 
     llm = vllm.LLM(request["checkpoint"], skip_tokenizer_init=True, **request["options"])
     sampling = vllm.SamplingParams(
@@ -35,10 +28,7 @@ def main() -> None:
     answer = {
         "model_class": [module, name],
         "model_file": file,
-        "vllm_file": vllm.__file__,
         "portkit_imported": "portkit" in sys.modules,
-        "supported": request["architecture"] in ModelRegistry.get_supported_archs(),
-        "cuda_after_plugins": cuda_after_plugins,
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
     }
     print("RESULT " + json.dumps(answer), flush=True)

@@ -17,11 +17,16 @@ def main() -> None:
         request = json.load(stream)
     import torch
 
+    def place(frames):
+        """Return file:line of the deepest frame that is the port's own, "" if none is."""
+        own = [frame for frame in frames if request["package"] in frame.filename]
+        return f"{own[-1].filename}:{own[-1].lineno}" if own else ""
+
     opened = []
     lazy_init = torch.cuda._lazy_init
 
     def watched():
-        opened.append(traceback.extract_stack()[-2])
+        opened.append(place(traceback.extract_stack()))
         return lazy_init()
 
     torch.cuda._lazy_init = watched
@@ -34,18 +39,13 @@ def main() -> None:
                 register()
     except BaseException as problem:
         error = f"{type(problem).__name__}: {problem}"
-        frames = [
-            f
-            for f in traceback.extract_tb(problem.__traceback__)
-            if request["package"] in f.filename
-        ]
-        where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+        where = place(traceback.extract_tb(problem.__traceback__))
     from vllm.model_executor.models import ModelRegistry
 
     answer = {
         "error": error,
         "where": where,
-        "cuda_opened": [f"{frame.filename}:{frame.lineno}" for frame in opened],
+        "cuda_opened": opened,
         "cuda_initialized": torch.cuda.is_initialized(),
         "modeling_imported": request["module"] in sys.modules,
         "supported": request["architecture"] in ModelRegistry.get_supported_archs(),

@@ -56,7 +56,7 @@ class Installs(Check):
 
 
 class NoCudaOnImport(Check):
-    """`register()` runs twice without harm, imports nothing heavy and does not initialise CUDA.
+    """`register()` runs twice without harm, does not import the model nor initialise CUDA.
 
     vLLM calls it in the API server, the engine core and each worker, before it forks: a process
     that has initialised CUDA cannot fork ("Cannot re-initialize CUDA in forked subprocess").
@@ -87,7 +87,7 @@ class NoCudaOnImport(Check):
             return self.failed(
                 "Registering the port initialises CUDA.",
                 job=job,
-                where=(answer["cuda_opened"] or [where])[0],
+                where=next(filter(None, answer["cuda_opened"]), where),
                 next='Register with the lazy string "module:Class" and keep device code out of '
                 "module level.",
             )
@@ -113,7 +113,9 @@ class NoCudaOnImport(Check):
                 where=where,
                 next=f'Register the string "{port.module}:{port.architecture}", not the class.',
             )
-        return self.passed("Called twice: nothing heavy imported, CUDA not initialised.", job=job)
+        return self.passed(
+            "Called twice: the model is not imported, CUDA not initialised.", job=job
+        )
 
 
 class FreshProcess(Check):

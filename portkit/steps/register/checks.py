@@ -136,11 +136,10 @@ class Resolves(Check):
             return self.failed_job(job)
         answer = job.value
         expected = f"vllm.model_executor.models.{port.name}"
-        if answer["model_class"][0] != expected or not Path(answer["model_file"]).is_relative_to(
-            target
-        ):
+        served, file = answer["model_class"][0], Path(answer["model_file"])
+        if served != expected or not file.is_relative_to(target):
             return self.failed(
-                f"vLLM served {answer['model_class'][0]}, not {expected}.",
+                f"vLLM served {served} of {file}, not {expected} of the patched tree.",
                 job=job,
                 where=REGISTRY,
                 next="The registry row must name config.json's architecture and the new module.",
@@ -199,10 +198,11 @@ class RegistryTests(Check):
                 next="Its text says what the tree lacks.",
                 log=job.value["tail"],
             )
-        own = f"test_registry_imports[{port.architecture}]"
-        if outcomes.get(own) != "passed" or outcomes.get("test_hf_registry_coverage") != "passed":
+        wanted = (f"test_registry_imports[{port.architecture}]", "test_hf_registry_coverage")
+        absent = [name for name in wanted if outcomes.get(name) != "passed"]
+        if absent:
             return self.failed(
-                f"{own} did not run ({outcomes.get(own, 'not collected')}).",
+                f"{absent[0]} did not run ({outcomes.get(absent[0], 'not collected')}).",
                 table,
                 job=job,
                 where=REGISTRY,

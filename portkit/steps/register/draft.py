@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from importlib.util import find_spec
-from pathlib import Path
 
+from portkit.architectures import transformers_folder
 from portkit.draft.outcome import DraftOutcome
 from portkit.errors import PortkitError
 from portkit.lint.source import must_parse
@@ -146,9 +145,8 @@ def _hub_example(port: Port) -> tuple[str, tuple[str, ...]]:
         return str(chosen), ()
     module = str(meta.get("source", {}).get("module", ""))
     package, _, name = module.rpartition(".")
-    spec = find_spec("transformers")
-    if spec and spec.origin and package.startswith("transformers."):
-        folder = Path(spec.origin).parent.joinpath(*package.split(".")[1:])
+    if package.startswith("transformers."):
+        folder = transformers_folder().joinpath(*package.split(".")[1:])
         file = folder / f"{name.replace('modeling_', 'configuration_')}.py"
         found = re.search(r'checkpoint="([^"]+)"', file.read_text()) if file.exists() else None
         if found:

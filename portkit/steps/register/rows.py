@@ -87,7 +87,8 @@ def _table_keys(lines: list[str], heading: str) -> tuple[int, list[str]]:
     end = bar + 1
     while end < len(lines) and lines[end].startswith("|"):
         end += 1
-    return bar + 1, [re.search(r"`([^`]+)`", line).group(1) for line in lines[bar + 1 : end]]
+    names = (re.search(r"`([^`]+)`", line) for line in lines[bar + 1 : end])
+    return bar + 1, [name[1] if name else "" for name in names]
 
 
 def _section_rows(source: str, table: str, section: str) -> list[_Row]:

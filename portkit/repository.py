@@ -7,6 +7,7 @@ templates, signing, line ends, ignore files) may change or stop them.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from contextlib import suppress
@@ -32,6 +33,9 @@ SETTINGS = {
 }
 LOCK_PATIENCE = 5.0
 """Seconds to wait for a git that a killed portkit left behind to finish by itself."""
+
+FULL = ("No space left", "quota", "File too large", "SIGXFSZ")
+"""What git, or its end, says when no more can be written."""
 
 
 def environment() -> dict[str, str]:
@@ -72,9 +76,11 @@ class Repository:
             if not done.returncode:
                 return done.stdout
             said = (done.stderr.strip() or done.stdout.strip()).decode(errors="replace")
+            if not said and done.returncode < 0:
+                said = f"it was ended by {signal.Signals(-done.returncode).name}"
             locked = ".lock': File exists" in said
             if not locked or (not self.remove_stale_locks() and time.monotonic() > deadline):
-                full = "No space left" in said or "quota" in said or "File too large" in said
+                full = any(sign in said for sign in FULL)
                 remedy = (
                     "Free some disk space, then try again."
                     if full

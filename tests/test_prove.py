@@ -304,6 +304,13 @@ def test_the_report_says_what_every_check_found_and_on_what(port):
         assert "Never run:" not in form and "earlier state of" not in form
 
 
+def test_the_report_does_not_say_where_the_port_lies(port):
+    said = replace(a_verdict(AsUsersRunIt), what=f"pip install -e {port.root}")
+    results.save(port, said)
+    for form in the_report(port)[1:]:
+        assert str(port.root) not in form and "pip install -e helium" in form
+
+
 def test_the_report_says_what_was_never_run(port):
     for check in everything():
         if check.id not in ("serves", "speed"):

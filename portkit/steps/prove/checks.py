@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -240,8 +241,11 @@ def write_report(port: Port, proof: Proof) -> tuple[Path, Path]:
     """Write report/<name>.html and .md in the port and return their paths."""
     report = proof_report(proof)
     html, markdown = (port.root / "report" / f"{port.name}.{kind}" for kind in ("html", "md"))
-    write_atomically(html, page(report.blocks, f"{port.architecture} in vLLM"))
-    write_atomically(markdown, to_markdown(report.blocks))
+    # It is made to be shown to others: where the ports lie on this machine is not their business.
+    here = str(port.root)
+    written = page(report.blocks, f"{port.architecture} in vLLM")
+    write_atomically(html, written.replace(escape(here), port.name))
+    write_atomically(markdown, to_markdown(report.blocks).replace(here, port.name))
     return html, markdown
 
 

@@ -138,7 +138,7 @@ def test_what_attention_is_given() -> None:
             ),
             "neighbours",
         ),
-        # the spelling of Transformers before 5.18: a matrix product, and a device that means nothing
+        # the spelling of Transformers before 5.18: a matrix product, a device that means nothing
         (
             (
                 "freqs = position_ids[..., None].float() * "

@@ -23,3 +23,7 @@ class PortkitError(Exception):
     def to_dict(self) -> dict[str, str]:
         """Return the three parts, for `--json` and for crossing a process boundary."""
         return {"what": self.what, "where": self.where, "next": self.next}
+
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython shows in a cell: the message alone, for the stack is portkit's."""
+        return [f"✗ failed  {self.what}", *str(self).splitlines()[len(self.what.splitlines()) :]]

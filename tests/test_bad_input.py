@@ -152,6 +152,21 @@ def test_an_emptied_git_folder_is_told_with_the_way_out(port):
     assert cli("draft", "forward", "--apply")[0] == 0
 
 
+def test_in_a_notebook_a_port_that_cannot_be_opened_is_three_lines(port):
+    """In a real kernel: `begin` must raise, so that nothing below it runs, but without a stack."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    (port.root / "port.toml").write_text("x = [")
+    cell = nbformat.v4.new_code_cell("from portkit import begin\nstep = begin('forward')")
+    book = nbformat.v4.new_notebook(cells=[cell])
+    NotebookClient(book, timeout=60, allow_errors=True).execute()
+    (error,) = (out for out in cell.outputs if out.output_type == "error")
+    shown = "\n".join(error.traceback)
+    assert "port.toml cannot be read" in shown and "git checkout port.toml" in shown
+    assert len(error.traceback) == 3 and "notebook.py" not in shown
+
+
 # ---- the checkpoint -----------------------------------------------------------------------------
 
 

@@ -129,6 +129,10 @@ def sleeps(say, seconds):
 
 def where_am_i(say):
     return [os.getcwd(), os.environ.get("TMPDIR"), len(os.listdir("/proc/self/task"))]
+
+
+def tells_a_page(say):
+    raise RuntimeError("\\n".join(f"page line {n}" for n in range(40)))
 '''
 
 
@@ -263,6 +267,13 @@ def test_an_exception_names_the_line_of_the_port_and_its_cause(live: Live):
     line = line_of("raise ValueError")
     assert result.where.startswith(f"code_of_port.py:{line}, in fails: raise ValueError(")
     assert result.next and "Traceback" in result.log_tail
+
+
+def test_a_page_of_error_is_cut_and_the_log_has_it_all(live: Live):
+    result = call(live, "tells_a_page")
+    assert result.what.startswith("RuntimeError: page line 0\n")
+    assert "page line 39" not in result.what and "the log" in result.what
+    assert "page line 39" in result.log_tail
 
 
 def test_portkits_own_error_keeps_its_three_parts(live: Live):

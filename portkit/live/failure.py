@@ -16,7 +16,9 @@ from types import TracebackType
 from portkit.errors import PortkitError
 
 LONGEST = 2000
-"""Characters of an exception's message that are kept in `what`; the log has all of it."""
+LINES = 8
+"""Characters, and lines of one exception, that are kept in `what`; the log has all of it (dynamo
+explains an unsupported line on a page)."""
 
 _PORTKIT = Path(__file__).resolve().parent.parent
 _RANK_LINE = re.compile(r"\(Worker\S*_TP(?P<rank>\d+)[^)]*\) [A-Z]+ \S+ \S+ \[[^]]+\] (?P<text>.*)")
@@ -156,7 +158,8 @@ def _line(error: BaseException) -> str:
         return f"SystemExit: sys.exit({error.code!r}) was called"
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg}"
-    return "".join(traceback.format_exception_only(type(error), error)).strip()
+    lines = "".join(traceback.format_exception_only(type(error), error)).strip().splitlines()
+    return "\n".join(lines[:LINES]) + (" … (the rest is in the log)" if len(lines) > LINES else "")
 
 
 def _where(error: BaseException, port_root: str) -> str:

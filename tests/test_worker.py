@@ -25,6 +25,7 @@ from portkit.errors import PortkitError
 from portkit.live import client, log
 from portkit.live.client import Live, live_for
 from portkit.live.job import JobResult
+from portkit.live.preload import MODULES
 
 REPO = Path(__file__).parents[1]
 
@@ -655,7 +656,8 @@ def test_the_real_worker_starts_engines_and_survives_them(tmp_path_factory):
     checkpoint = str(root / "checkpoint")
     said: list[str] = []
     shared = set(segments())
-    with Live(root) as live:
+    # One module more than usual: a worker of its own, whatever tests ran before this one.
+    with Live(root, preload=(*MODULES, "colorsys")) as live:
         assert call(live, "make", to=checkpoint, progress=said.append).ok
         assert "importing vllm" in said
         worker = live._worker

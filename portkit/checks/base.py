@@ -71,6 +71,10 @@ class Check(ABC):
     ) -> Verdict:
         return self._verdict("skipped", reason, tables, job, more)
 
+    def job(self, context: CheckContext, name: str, **args: Any) -> JobResult:
+        """Run a job in the worker, under this check's time limit, with its progress told."""
+        return context.live.run(name, timeout=self.timeout, progress=context.progress, **args)
+
     def failed_job(self, job: JobResult, next: str = "") -> Verdict:
         """Turn a job that did not finish (error, crash, timeout) into a failed verdict."""
         return self._verdict(

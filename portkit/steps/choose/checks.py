@@ -45,7 +45,7 @@ class Environment(_Check):
                 next=short[0].remedy,
                 causes=tuple(f"{f.name}: {f.value}" for f in short[1:]),
             )
-        job = context.live.run("environment", timeout=self.timeout, progress=context.progress)
+        job = self.job(context, "environment")
         if not job.ok:
             return self.failed_job(job, next=job.next or doctor.SETUP)
         value = job.value
@@ -98,9 +98,7 @@ class Architecture(_Check):
                 where=f"line {error.lineno}",
                 next="Correct that line in the port's original/ folder.",
             )
-        job = context.live.run(
-            "describe_architecture", timeout=self.timeout, progress=context.progress
-        )
+        job = self.job(context, "describe_architecture")
         if not job.ok:
             return self.failed_job(job)
         value = job.value
@@ -236,9 +234,7 @@ class TransformersBackend(_Check):
     )
 
     def run(self, context: CheckContext) -> Verdict:
-        job = context.live.run(
-            "transformers_backend", timeout=self.timeout, progress=context.progress
-        )
+        job = self.job(context, "transformers_backend")
         if job.status in ("crashed", "timeout"):
             return self.passed(
                 f"No: the backend did not survive this model ({job.what}).",

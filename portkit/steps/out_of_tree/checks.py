@@ -70,10 +70,9 @@ class NoCudaOnImport(Check):
 
     def run(self, context: CheckContext) -> Verdict:
         port = context.port
-        job = context.live.run(
+        job = self.job(
+            context,
             "register_twice",
-            timeout=self.timeout,
-            progress=context.progress,
             cwd=str(port.state_dir),
             python=plugin_environment(port).python,
             package=port.package,
@@ -134,10 +133,9 @@ class FreshProcess(Check):
 
     def run(self, context: CheckContext) -> Verdict:
         port = context.port
-        job = context.live.run(
+        job = self.job(
+            context,
             "fresh_engine",
-            timeout=self.timeout,
-            progress=context.progress,
             environment={},
             python=plugin_environment(port).python,
             cwd=str(port.state_dir),
@@ -189,10 +187,9 @@ class _Served(Check):
         self, context: CheckContext, command: list[str], environment: dict[str, str]
     ) -> Verdict:
         port = context.port
-        job = context.live.run(
+        job = self.job(
+            context,
             "serve",
-            timeout=self.timeout,
-            progress=context.progress,
             cwd=str(port.state_dir),
             command=command,
             environment=environment,

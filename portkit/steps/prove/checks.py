@@ -41,10 +41,9 @@ class _AsUsers(Check):
         rule = context.port.state_dir / "vllm-source"
         if not (rule / "tests" / "models" / "utils.py").is_file():
             tree.unpack(rule)
-        return context.live.run(
+        return self.job(
+            context,
             "prove_run",
-            timeout=self.timeout,
-            progress=context.progress,
             rule=str(rule),
             tokens=TOKENS,
             **args,
@@ -154,10 +153,9 @@ class Speed(Check):
     def run(self, context: CheckContext) -> Verdict:
         jobs: dict[str, JobResult] = {}
         for way in self.WAYS:
-            jobs[way] = context.live.run(
+            jobs[way] = self.job(
+                context,
                 "tokens_per_second",
-                timeout=self.timeout,
-                progress=context.progress,
                 way=way,
                 batches=list(self.BATCHES),
                 tokens_in=32,

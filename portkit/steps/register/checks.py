@@ -124,10 +124,9 @@ class Resolves(Check):
     def run(self, context: CheckContext) -> Verdict:
         port = context.port
         target = patched_tree(port)
-        job = context.live.run(
+        job = self.job(
+            context,
             "fresh_engine",
-            timeout=self.timeout,
-            progress=context.progress,
             environment=tree_environment(target),
             python="",
             cwd=str(target),
@@ -174,10 +173,9 @@ class RegistryTests(Check):
     def run(self, context: CheckContext) -> Verdict:
         port = context.port
         target = patched_tree(port)
-        job = context.live.run(
+        job = self.job(
+            context,
             "vllm_tests",
-            timeout=self.timeout,
-            progress=context.progress,
             tree=str(target),
             select=f"{port.architecture} or coverage or lazy_modelinfo",
             environment=tree_environment(target),

@@ -27,6 +27,9 @@ from portkit.live.loader import read_tensors
 
 Format = Literal["int8", "fp8"]
 LARGEST = {"int8": 127.0, "fp8": 448.0}
+LARGEST_WEIGHT = {"int8": 63.0, "fp8": 448.0}
+"""Weights stay within 7 bits: on a CPU without VNNI, oneDNN adds pairs of products of an unsigned
+activation and a weight in 16 bits, and 2 * 255 * 127 does not fit there (2 * 255 * 63 does)."""
 SHARD = "model.safetensors"
 
 
@@ -115,12 +118,18 @@ def settings(plan: Plan, format: Format) -> dict[str, Any]:
 def quantise(weight: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (8-bit weight [out, in], float32 scale [out, 1])."""
     weight = weight.float()
-    scale = (weight.abs().amax(dim=1, keepdim=True) / LARGEST[format]).clamp_min(1e-12)
+    scale = (weight.abs().amax(dim=1, keepdim=True) / LARGEST_WEIGHT[format]).clamp_min(1e-12)
     return _to_bits(weight / scale, format), scale
 
 
+def rounded_weight(weight: torch.Tensor, format: Format) -> torch.Tensor:
+    """Return a weight as vLLM computes with it after `quantise`."""
+    bits, scale = quantise(weight, format)
+    return bits.to(torch.float32) * scale
+
+
 def rounded(values: torch.Tensor, format: Format) -> torch.Tensor:
-    """Return values as they come back from 8 bits with a scale per row."""
+    """Return activations as they come back from 8 bits with a scale per row."""
     scale = (values.abs().amax(dim=-1, keepdim=True) / LARGEST[format]).clamp_min(1e-12)
     return _to_bits(values / scale, format).to(values.dtype) * scale
 
@@ -144,7 +153,7 @@ def quantised_original(model: nn.Module, plan: Plan, format: Format) -> Iterator
     for name in plan.quantised:
         module = model.get_submodule(name)
         kept[name] = module.weight.data
-        module.weight.data = rounded(module.weight.data.float(), format).to(kept[name].dtype)
+        module.weight.data = rounded_weight(module.weight.data, format).to(kept[name].dtype)
         hooks.append(module.register_forward_pre_hook(round_input))
     try:
         yield model

@@ -55,6 +55,35 @@ SIZES: dict[str, int] = {
     "moe_intermediate_size": 96,
     "shared_expert_intermediate_size": 96,
     "sliding_window": 24,
+    # State-space layers: heads * head size = expansion * hidden size, more than one group.
+    "expand": 2,
+    "mamba_expand": 2,
+    "mamba_d_ssm": 256,
+    "mamba_n_heads": 4,
+    "n_mamba_heads": 4,
+    "mamba_num_heads": 4,
+    "mamba_d_head": 64,
+    "mamba_head_dim": 64,
+    "state_size": 16,
+    "ssm_state_size": 16,
+    "mamba_d_state": 16,
+    "n_groups": 2,
+    "mamba_n_groups": 2,
+    "mamba_ngroups": 2,
+    "shared_intermediate_size": 96,
+    "moe_shared_expert_intermediate_size": 96,
+    # Gated delta nets: the kernels want head sizes that are powers of two.
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "conv_dim": 128,
+    "block_dim": 128,
+    # Hybrids by period: each of three layers is of another kind.
+    "attn_layer_period": 3,
+    "attn_layer_offset": 2,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
 }
 """Field → value, where a config has the field (and does not leave it None)."""
 HARD: dict[str, Any] = {
@@ -100,10 +129,12 @@ def _smallest_that_works(
     cls: type, model_type: str, say: Callable[[str], None]
 ) -> tuple[torch.nn.Module, list[str]]:
     """Return a model that computes, with as many of the wished values as it takes."""
-    default = AutoConfig.for_model(model_type)
+    config_class = cls.config_class or type(AutoConfig.for_model(model_type))
+    default = config_class()
     fields = {k: v for k, v in default.to_dict().items() if v is not None or k in OPTIONAL}
     sizes = {k: v for k, v in SIZES.items() if isinstance(fields.get(k, ""), (int, type(None)))}
     hard = {k: v for k, v in HARD.items() if k in fields}
+    hard |= _hybrid(default, fields) | _multipliers(fields)
     rope = fields.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
         hard["rope_parameters"] = {**rope, "rope_theta": 20000.0}
@@ -112,12 +143,12 @@ def _smallest_that_works(
     problem: Exception | None = None
     for dropped in _fewer(list(hard)):
         values = {**sizes, **{k: v for k, v in hard.items() if k not in dropped}}
-        values |= _lists(default, fields, sizes.get("num_hidden_layers", 3))
+        values = {**values, **_lists(default, {**fields, **hard}, sizes.get("num_hidden_layers", 3))}
         for name in NO_TOKENS:
             if isinstance(fields.get(name), int) and fields[name] >= SIZES["vocab_size"]:
                 values[name] = 1
         try:
-            model = cls(AutoConfig.for_model(model_type, **values)).float().eval()
+            model = cls(config_class(**values)).float().eval()
             with torch.inference_mode():
                 logits = model(input_ids=torch.arange(4, 12)[None], use_cache=False).logits
             if torch.isfinite(logits).all():
@@ -131,6 +162,30 @@ def _smallest_that_works(
         f"config of model type {model_type}",
         "Give a small checkpoint of your own: `--checkpoint DIR`.",
     )
+
+
+def _hybrid(default: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    """Give a model with recurrent layers both kinds where its default has only one."""
+    if "conv_L_cache" in fields:
+        return {"layer_types": ["conv", "full_attention", "conv"]}
+    kinds = getattr(default, "layer_types", None) or getattr(default, "layers_block_type", None)
+    if not hasattr(default, "num_attention_heads") or set(kinds or ()) != {"linear_attention"}:
+        return {}
+    if hasattr(default, "attn_layer_indices"):
+        return {"attn_layer_indices": [1]}
+    mixed = ["linear_attention", "full_attention", "linear_attention"]
+    return {name: mixed for name in ("layer_types", "layers_block_type") if name in fields}
+
+
+def _multipliers(fields: dict[str, Any]) -> dict[str, Any]:
+    """Make factors that are one by default something else: a forgotten one must show."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name.endswith("_multiplier") and value == 1.0:
+            found[name] = 0.75
+        elif name.endswith("_multipliers") and isinstance(value, list) and set(value) == {1.0}:
+            found[name] = [0.75 + 0.125 * i for i in range(len(value))]
+    return found
 
 
 def _fewer(names: list[str]) -> Iterable[set[str]]:
@@ -149,8 +204,11 @@ def _lists(default: Any, fields: dict[str, Any], layers: int) -> dict[str, Any]:
         simple = isinstance(value, list) and all(isinstance(v, (str, int)) for v in value)
         if simple and count and len(value) == count:
             # The first layers as they are, but every kind of layer keeps a place.
-            missing = [v for v in dict.fromkeys(value) if v not in value[:layers]]
+            kinds = list(dict.fromkeys(value))
+            missing = [v for v in kinds if v not in value[:layers]]
             found[name] = [*value[: layers - len(missing)], *missing][:layers]
+            if len(kinds) > layers and isinstance(value[0], str):
+                found |= {name: kinds, "num_hidden_layers": len(kinds)}
     return found
 
 

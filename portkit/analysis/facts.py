@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from portkit.analysis.norms import Formula
+from portkit.analysis.recurrent import RecurrentFacts
 from portkit.analysis.rotary import Layout
 
 
@@ -137,6 +138,8 @@ class LayerFacts:
     mlp_attrs: tuple[str, ...]
     norms: tuple[NormUse, ...]
     residual: Literal["pre", "sandwich", "post", "parallel", "other"]
+    recurrent_attrs: tuple[str, ...] = ()
+    """Mixers that carry a state instead of a KV cache."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,12 @@ class ModelFacts:
     config_fields: tuple[tuple[str, int], ...]
     """(field, first line) of each config field that the file reads."""
     unknown: tuple[Unknown, ...]
+    layers: tuple[LayerFacts, ...] = ()
+    """Every class of decoder layer in the list; `layer` is the first with attention."""
+    recurrent: tuple[RecurrentFacts, ...] = ()
+
+    def recurrent_class(self, name: str) -> RecurrentFacts | None:
+        return next((r for r in self.recurrent if r.cls == name), None)
 
     def norm_class(self, name: str) -> NormClass | None:
         return next((n for n in self.norm_classes if n.name == name), None)

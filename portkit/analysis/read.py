@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 
 from portkit.analysis.classes import ClassView, ModuleView, argument, call_name, text, view_module
+from portkit.analysis.making import made_by
 from portkit.analysis.facts import (
     EmbeddingFacts,
     HeadFacts,
@@ -17,6 +18,7 @@ from portkit.analysis.facts import (
 )
 from portkit.analysis.norms import formula_of, is_norm
 from portkit.analysis.read_blocks import is_attention, linears_of, read_attention, read_mlp
+from portkit.analysis.recurrent import VLLM_LAYERS, RecurrentFacts, is_recurrent, read_recurrent
 from portkit.analysis.rotary import layout_of
 
 VLLM_NORMS = ("RMSNorm", "GemmaRMSNorm", "LayerNorm")
@@ -46,17 +48,21 @@ class Reader:
         return None
 
     def layers_of(self, view: ClassView) -> tuple[str, ClassView] | None:
-        """(attr, layer class) of nn.ModuleList([...]) or make_layers(...)."""
+        """(attr, first layer class) of nn.ModuleList([...]) or make_layers(...)."""
+        found = self.layer_classes(view)
+        return (found[0], found[1][0]) if found else None
+
+    def layer_classes(self, view: ClassView) -> tuple[str, list[ClassView]] | None:
+        """(attr, every class) of the list of decoder layers."""
         for item in view.assigned:
             name = call_name(item.value)
             if name.rsplit(".", 1)[-1] not in ("ModuleList", "make_layers"):
                 continue
             if name == "make_layers" and item.attr in ("start_layer", "end_layer"):
                 continue
-            for call in (n for n in ast.walk(item.value) if isinstance(n, ast.Call)):
-                found = self.module.classes.get(call_name(call))
-                if found is not None:
-                    return item.attr, found
+            found = made_by(self.module, view, item.value)
+            if found:
+                return item.attr, found
         return None
 
     def norms_of(self, view: ClassView) -> tuple[NormUse, ...]:
@@ -85,6 +91,22 @@ class Reader:
                     )
                 )
         return tuple(uses)
+
+    def norm_formula(self, name: str) -> str:
+        return next((n.formula for n in self.norms if n.name == name), "unknown")
+
+    def recurrent_of(self, view: ClassView) -> dict[str, list[ClassView | str]]:
+        """Attribute -> mixers that keep a state: classes of the file, or vLLM's by name."""
+        found: dict[str, list[ClassView | str]] = {}
+        for item in view.assigned:
+            mixers: list[ClassView | str] = [
+                c for c in made_by(self.module, view, item.value) if is_recurrent(c)
+            ]
+            if call_name(item.value) in VLLM_LAYERS and not mixers:
+                mixers.append(call_name(item.value))
+            if mixers:
+                found.setdefault(item.attr, []).extend(mixers)
+        return found
 
     def _norm_class(self, view: ClassView) -> NormClass:
         formula, why, line = formula_of(view)
@@ -124,18 +146,21 @@ class Reader:
         attention = self.submodule(view, is_attention)
         norms = self.norms_of(view)
         mlps = []
+        recurrent = self.recurrent_of(view)
         for item in view.assigned:
-            found = self.module.classes.get(call_name(item.value))
-            if (
-                found is not None
-                and (attention is None or found is not attention[1])
-                and linears_of(found)
-            ) and item.attr not in mlps:
+            found = [
+                c
+                for c in made_by(self.module, view, item.value)
+                if (attention is None or c is not attention[1]) and linears_of(c)
+            ]
+            if found and item.attr not in mlps and item.attr not in recurrent:
                 mlps.append(item.attr)
         forward = text(view.forward) if view.forward else ""
         attr = attention[0] if attention else ""
+        first = attr or next(iter(recurrent), "")
+        residual = _residual(forward, norms, first, mlps)
         return LayerFacts(
-            view.name, view.line, attr, tuple(mlps), norms, _residual(forward, norms, attr, mlps)
+            view.name, view.line, attr, tuple(mlps), norms, residual, tuple(recurrent)
         )
 
     def embedding(self, view: ClassView) -> EmbeddingFacts | None:
@@ -206,20 +231,21 @@ def read_facts(source: str, architecture: str) -> ModelFacts:
             "roles", f"no submodule of {architecture} holds a list of decoder layers", lm.line
         )
     model = held[1] if held else None
-    layers = reader.layers_of(model) if model else None
-    layer = reader.layer(layers[1]) if layers else None
-    attention = reader.submodule(layers[1], is_attention) if layers else None
-    if layers and attention is None:
+    layers = reader.layer_classes(model) if model else None
+    views = layers[1] if layers else []
+    every = tuple(reader.layer(v) for v in views)
+    layer = next((f for f in every if f.attention_attr), every[0] if every else None)
+    recurrent = _recurrent(reader, views)
+    attention = next(
+        (found for v in views if (found := reader.submodule(v, is_attention)) is not None), None
+    )
+    if views and attention is None and not recurrent:
         reader.cannot_tell(
-            "roles", f"no submodule of {layers[1].name} is an attention", layers[1].line
+            "roles", f"no submodule of {views[0].name} is an attention", views[0].line
         )
     rotary = reader.rotary(model, attention[1] if attention else None)
     attention_facts = read_attention(reader, attention[1]) if attention else None
-    mlps = []
-    if layers:
-        by_attr = {a.attr: call_name(a.value) for a in layers[1].assigned}
-        for name in dict.fromkeys(by_attr[a] for a in layer.mlp_attrs):
-            mlps.append(read_mlp(reader, classes[name]))
+    mlps = [read_mlp(reader, classes[name]) for name in _mlp_classes(reader, views, every)]
     for norm in reader.norms:
         if norm.formula == "unknown":
             reader.cannot_tell("norm", norm.why, norm.line)
@@ -242,25 +268,56 @@ def read_facts(source: str, architecture: str) -> ModelFacts:
         config_class=_config_class(reader.module, lm, model),
         config_fields=reader.config_fields(),
         unknown=tuple(reader.unknown),
+        layers=every,
+        recurrent=recurrent,
     )
+
+
+def _mlp_classes(
+    reader: Reader, views: list[ClassView], layers: tuple[LayerFacts, ...]
+) -> list[str]:
+    """Feed-forward classes of every class of layer, each once."""
+    return list(
+        dict.fromkeys(
+            made.name
+            for view, layer in zip(views, layers, strict=True)
+            for item in view.assigned
+            if item.attr in layer.mlp_attrs
+            for made in made_by(reader.module, view, item.value)
+        )
+    )
+
+
+def _recurrent(reader: Reader, views: list[ClassView]) -> tuple[RecurrentFacts, ...]:
+    mixers = [m for v in views for made in reader.recurrent_of(v).values() for m in made]
+    found: dict[str, RecurrentFacts] = {}
+    for mixer in mixers:
+        if isinstance(mixer, str):
+            found[mixer] = RecurrentFacts(mixer, 0, VLLM_LAYERS[mixer], mixer)
+        elif mixer.name not in found:
+            found[mixer.name] = read_recurrent(reader, mixer)
+    return tuple(found.values())
 
 
 def _state(
     reader: Reader, lm: ClassView | None, model: ClassView | None, attention: ClassView | None
 ):
-    if lm is None or attention is None or attention.init is None:
+    if lm is None or (attention is not None and attention.init is None):
         return "copy"
     if "load_weights" in lm.methods:
         return "weights"
-    called = {call_name(n) for n in ast.walk(attention.init)}
-    if "QKVParallelLinear" in called and "ParallelLMHead" in text(lm.node):
-        return "parallel"
     takes = [
         a.arg for f in (lm.forward, model.forward if model else None) if f for a in f.args.args
     ]
-    if "Attention" in called and "positions" in takes and "compute_logits" in lm.methods:
-        return "forward"
-    return "copy"
+    ported = "positions" in takes and "compute_logits" in lm.methods
+    if attention is None:
+        if ported and "ParallelLMHead" in text(lm.node):
+            return "parallel"
+        return "forward" if ported else "copy"
+    called = {call_name(n) for n in ast.walk(attention.init)}
+    if "QKVParallelLinear" in called and "ParallelLMHead" in text(lm.node):
+        return "parallel"
+    return "forward" if "Attention" in called and ported else "copy"
 
 
 def _config_class(module: ModuleView, *views: ClassView | None) -> str:

@@ -143,7 +143,10 @@ def _smallest_that_works(
     problem: Exception | None = None
     for dropped in _fewer(list(hard)):
         values = {**sizes, **{k: v for k, v in hard.items() if k not in dropped}}
-        values = {**values, **_lists(default, {**fields, **hard}, sizes.get("num_hidden_layers", 3))}
+        values = {
+            **values,
+            **_lists(default, {**fields, **hard}, sizes.get("num_hidden_layers", 3)),
+        }
         for name in NO_TOKENS:
             if isinstance(fields.get(name), int) and fields[name] >= SIZES["vocab_size"]:
                 values[name] = 1

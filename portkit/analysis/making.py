@@ -47,9 +47,13 @@ def _appended(scope: ast.AST | None, value: ast.expr) -> Iterator[ast.expr]:
     """What is appended to the lists that `value` names."""
     names = _names([value])
     for node in ast.walk(scope) if scope is not None else ():
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            if node.func.attr == "append" and text(node.func.value) in names:
-                yield from node.args
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "append"
+            and text(node.func.value) in names
+        ):
+            yield from node.args
 
 
 def _called(module: ModuleView, scope: ast.AST, function: ast.expr) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 
 from portkit.analysis.classes import ClassView, ModuleView, argument, call_name, text, view_module
-from portkit.analysis.making import made_by
 from portkit.analysis.facts import (
     EmbeddingFacts,
     HeadFacts,
@@ -16,6 +15,7 @@ from portkit.analysis.facts import (
     RotaryFacts,
     Unknown,
 )
+from portkit.analysis.making import made_by
 from portkit.analysis.norms import formula_of, is_norm
 from portkit.analysis.read_blocks import is_attention, linears_of, read_attention, read_mlp
 from portkit.analysis.recurrent import VLLM_LAYERS, RecurrentFacts, is_recurrent, read_recurrent

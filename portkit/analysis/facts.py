@@ -108,6 +108,12 @@ class AttentionFacts:
     """Norms on queries and keys, in order."""
     per_head_norm: bool | None
     """True: over the head dimension; False: over all heads together; None: no such norm."""
+    output_norms: tuple[NormUse, ...] = ()
+    """Norms on what attention returns, before the output projection."""
+    gates: tuple[Linear, ...] = ()
+    """Linears that make none of query, key, value and output: gates, as a rule."""
+    sinks: str = ""
+    """As passed to attention, e.g. "self.sinks": one more logit per head; "" if none."""
 
 
 @dataclass(frozen=True)

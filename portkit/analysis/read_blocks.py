@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING, Any
 
+from portkit.analysis.attention_parts import output_path
 from portkit.analysis.classes import Assigned, ClassView, argument, call_name, text
 from portkit.analysis.facts import AttentionFacts, Linear, MlpFacts
 from portkit.analysis.symbolic import CannotTell, Interpreter
@@ -96,7 +97,9 @@ def read_attention(reader: Reader, view: ClassView) -> AttentionFacts:
         }
         role[name] = next(iter(sources), None) if len(sources) == 1 else None
     fused = role.get("q") is not None and role.get("q") == role.get("k") == role.get("v")
-    output = _output_linear(view, linears, set(role.values()))
+    every_norm = tuple(reader.norms_of(view))
+    after = output_path(view, call, set(linears), {n.attr for n in every_norm})
+    output = _output_linear(view, linears, set(role.values()), after.linears)
     attention = next((i.value for i in view.assigned if call_name(i.value) == "Attention"), None)
     heads = kv_heads = ""
     if attention is not None:
@@ -106,11 +109,12 @@ def read_attention(reader: Reader, view: ClassView) -> AttentionFacts:
         scaling = text(argument(attention, 2, "scale"))
         window = text(argument(attention, 9, "per_layer_sliding_window"))
         cap = text(argument(attention, 8, "logits_soft_cap"))
+        sinks = text(argument(attention, 99, "sinks"))
     else:
         head_dim = "self.head_dim" if view.get("head_dim") else ""
         keywords = {k.arg: text(k.value) for k in call.keywords if k.arg} if call else {}
-        scaling, window, cap = (
-            keywords.get(n, "") for n in ("scaling", "sliding_window", "softcap")
+        scaling, window, cap, sinks = (
+            keywords.get(n, "") for n in ("scaling", "sliding_window", "softcap", "s_aux")
         )
     q, k, v = (linears.get(role.get(n) or "") for n in "qkv")
     resolved_dim = text(view.resolve(ast.parse(head_dim, mode="eval").body)) if head_dim else ""
@@ -119,7 +123,7 @@ def read_attention(reader: Reader, view: ClassView) -> AttentionFacts:
         heads, kv_heads = (_heads(linear, resolved_dim) for linear in (q, k))
     if attention is None and fused:
         heads, kv_heads = _fused_heads(view)
-    norms = tuple(n for n in reader.norms_of(view))
+    norms = tuple(n for n in every_norm if n.attr not in after.norms)
     per_head = None
     if norms:
         per_head = all(
@@ -141,6 +145,9 @@ def read_attention(reader: Reader, view: ClassView) -> AttentionFacts:
         soft_cap="" if cap == "None" else cap,
         norms=norms,
         per_head_norm=per_head,
+        output_norms=tuple(n for n in every_norm if n.attr in after.norms),
+        gates=tuple(v for a, v in linears.items() if a not in {*role.values(), output}),
+        sinks="" if sinks == "None" else sinks,
     )
 
 
@@ -196,8 +203,12 @@ def _ordered(function: ast.FunctionDef | None) -> list[ast.stmt]:
     return sorted(found, key=lambda n: n.lineno)
 
 
-def _output_linear(view: ClassView, linears: dict[str, Linear], inputs: set[str | None]) -> str:
-    """The linear called after attention: the only one that is none of q, k, v."""
+def _output_linear(
+    view: ClassView, linears: dict[str, Linear], inputs: set[str | None], after: tuple[str, ...]
+) -> str:
+    """The linear that attention's output goes through, or the only one that is none of q, k, v."""
+    if len(after) == 1:
+        return after[0]
     called = [
         call_name(n).removeprefix("self.")
         for n in ast.walk(view.forward)

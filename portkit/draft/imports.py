@@ -37,6 +37,8 @@ VLLM_NAMES = {
     "RowParallelLinear": f"{_LAYERS}.linear",
     "LogitsProcessor": f"{_LAYERS}.logits_processor",
     "QuantizationConfig": f"{_LAYERS}.quantization",
+    "default_weight_loader": "vllm.model_executor.model_loader.weight_utils",
+    "set_weight_attrs": "vllm.model_executor.utils",
     "get_rope": f"{_LAYERS}.rotary_embedding",
     "ParallelLMHead": f"{_LAYERS}.vocab_parallel_embedding",
     "VocabParallelEmbedding": f"{_LAYERS}.vocab_parallel_embedding",

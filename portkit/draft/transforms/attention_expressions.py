@@ -9,6 +9,12 @@ import libcst as cst
 
 from portkit.draft import edit
 from portkit.draft.blocker import Blocker
+from portkit.draft.transforms.attention_elementwise import (
+    FUNCTIONS,
+    applied,
+    combined,
+    function_name,
+)
 from portkit.draft.transforms.attention_values import (
     ELEMENTWISE,
     ERASED,
@@ -113,6 +119,10 @@ class AttentionExpressions:
         if kinds == {"tensor", "plain"}:
             tensor = left if left.kind == "tensor" else right
             return replace(tensor, node=node.with_changes(left=left.node, right=right.node))
+        if kinds == {"tensor"}:
+            both = combined(node, left, right, self.head_dim)
+            if both is not None:
+                return both
         raise self._stop(f"cannot follow `{edit.flat(node)}`", node)
 
     def _subscript(self, node: cst.Subscript, env: dict[str, Value]) -> Value:
@@ -149,6 +159,10 @@ class AttentionExpressions:
             return self._cat(node, plain, env)
         if name in ("nn.functional.dropout", "F.dropout", "torch.nn.functional.dropout"):
             return self._value(plain[0], env)
+        if function_name(node) in FUNCTIONS and plain:
+            inner = self._value(plain[0], env)
+            if inner.kind == "tensor":
+                return applied(node, inner)
         if name.startswith("self.") and "." not in name.removeprefix("self."):
             return self._submodule(node, name.removeprefix("self."), plain, env)
         if isinstance(node.func, cst.Attribute):
@@ -196,6 +210,8 @@ class AttentionExpressions:
         ):
             turned: Layout = "seq_heads" if owner.layout == "heads_seq" else "heads_seq"
             return replace(owner, layout=turned)
+        if method == "unsqueeze" and owner.layout == "flat" and edit.flat(node.args[0]) == "-1":
+            return replace(owner, layout="per_head")
         if method in ("view", "reshape"):
             return replace(owner, layout=self._viewed(node, owner, env))
         if method in ("split", "chunk") and owner.layout == "flat":
@@ -231,7 +247,7 @@ class AttentionExpressions:
                 else None
             )
         else:
-            items = [(a.value, bool(a.star)) for a in node.args]
+            items = self._shape_items(node.args, env)
         if items is None:
             raise self._stop(f"does not know the shape in `{edit.flat(node)}`", node)
         starred = [v for v, star in items if star]
@@ -247,6 +263,14 @@ class AttentionExpressions:
         if rest == 2:
             return "seq_heads"
         raise self._stop(f"does not know the shape in `{edit.flat(node)}`", node)
+
+    def _shape_items(self, arguments, env: dict[str, Value]):
+        """(size, is it a starred rest?) of each item; `*shape` of a known shape is its items."""
+        if len(arguments) == 1 and isinstance(arguments[0].value, cst.Name):
+            known = env.get(arguments[0].value.value)
+            if known is not None and isinstance(known.node, cst.Tuple | cst.List):
+                return [(e.value, isinstance(e, cst.StarredElement)) for e in known.node.elements]
+        return [(a.value, bool(a.star)) for a in arguments]
 
     def _cat(self, node: cst.Call, plain, env) -> Value:
         parts = (

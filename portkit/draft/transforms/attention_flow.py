@@ -14,6 +14,7 @@ import libcst as cst
 
 from portkit.draft import edit
 from portkit.draft.blocker import Blocker
+from portkit.draft.transforms.attention_elementwise import in_place
 from portkit.draft.transforms.attention_expressions import AttentionExpressions
 from portkit.draft.transforms.attention_values import (
     ERASED,
@@ -62,6 +63,9 @@ class AttentionFlow(AttentionExpressions):
         pair = edit.assigned(node)
         if pair is not None:
             return self._assign(node, *pair, env)
+        changed = in_place(small)
+        if changed is not None and self._value(changed[0], env).kind == "tensor":
+            return self._assign(node, *changed, env)
         if isinstance(small, cst.Raise) or (
             isinstance(small, cst.Expr) and "warn" in edit.code(small.value)
         ):
@@ -73,6 +77,10 @@ class AttentionFlow(AttentionExpressions):
             test = edit.code(node.test)
             if "is None" in test and node.orelse is not None:
                 raise self._stop(f"cannot decide `if {test}` without Transformers' arguments", node)
+            if edit.find(
+                node, lambda n: edit.is_call(n, *self.rotary_functions, "self.rotary_emb")
+            ):
+                raise self._stop(f"rotates only `if {test}`, which other classes decide", node)
             if node.orelse is None:
                 for name in self._bound(node):
                     if env.get(name, ERASED).kind == "plain":

@@ -9,8 +9,9 @@ import libcst as cst
 
 from portkit.draft import edit
 
-Layout = Literal["flat", "seq_heads", "heads_seq"]
-"""Of the original value: [B, S, features], [B, S, heads, dim] or [B, heads, S, dim]."""
+Layout = Literal["flat", "seq_heads", "heads_seq", "per_head"]
+"""Of the original value: [B, S, features], [B, S, heads, dim], [B, heads, S, dim] or
+[B, S, heads, 1]."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,10 @@ class FlowResult:
     rotary_used: bool
 
 
-ELEMENTWISE = ("clamp", "clamp_", "to", "float", "type_as", "mul", "div", "tanh")
-KNOWN_KEYWORDS = ("scaling", "sliding_window", "softcap")
+ELEMENTWISE = (
+    *("clamp", "to", "float", "type_as", "mul", "div", "tanh", "sigmoid", "exp", "relu"),
+)
+KNOWN_KEYWORDS = ("scaling", "sliding_window", "softcap", "s_aux")
 IGNORED_KEYWORDS = (
     "dropout",
     "position_ids",

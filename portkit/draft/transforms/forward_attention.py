@@ -100,7 +100,7 @@ def _known_norms(work: Work) -> set[str]:
     facts = work.facts.attention
     known = {n.name for n in work.facts.norm_classes if n.formula != "unknown"}
     known |= {"nn.LayerNorm", "RMSNorm", "GemmaRMSNorm", "nn.RMSNorm"}
-    return {n.attr for n in facts.norms if n.cls in known}
+    return {n.attr for n in (*facts.norms, *facts.output_norms) if n.cls in known}
 
 
 def attention_signature(init: cst.FunctionDef) -> str:
@@ -221,6 +221,8 @@ def _attention(work: Work, view, keywords: dict[str, cst.BaseExpression]) -> edi
         arguments.append(f"logits_soft_cap={here(keywords['softcap'])}")
     if "sliding_window" in keywords:
         arguments.append(f"per_layer_sliding_window={here(keywords['sliding_window'])}")
+    if "s_aux" in keywords:
+        arguments.append(f"sinks={here(keywords['s_aux'])}")
     arguments.append('prefix=f"{prefix}.attn"')
     made = edit.statement("self.attn = Attention(\n    " + ",\n    ".join(arguments) + ",\n)")
     made = edit.comment_before(made, "The prefix names this layer's KV cache: it must be unique.")

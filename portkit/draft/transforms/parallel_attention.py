@@ -12,6 +12,7 @@ from portkit.draft import edit
 from portkit.draft.blocker import Blocker
 from portkit.draft.transforms.constructors import add_parameter, linear_statement
 from portkit.draft.transforms.parallel_flow import add_norm_helper, rewrite_forward
+from portkit.draft.transforms.parallel_parts import gate_statement, own_parts
 from portkit.draft.work import Work, set_method
 
 _HEADS = """
@@ -36,6 +37,8 @@ self.num_kv_heads = max(1, self.total_num_kv_heads // tp_size)
 self.q_size = self.num_heads * {head_dim}
 self.kv_size = self.num_kv_heads * {head_dim}
 """
+_OF_THIS_RANK = ("num_heads", "num_kv_heads", "q_size", "kv_size")
+"""Attributes that _HEADS makes from the totals."""
 
 
 def port_attention(work: Work) -> None:
@@ -120,6 +123,7 @@ def _init(work, cls, facts: AttentionFacts, view, first: Linear, bias: str) -> c
     heads, kv_heads = _resolved(view, facts.num_heads), _resolved(view, facts.num_kv_heads)
     renames = _total_names(view, heads, kv_heads)
     body: list[edit.Statement] = []
+    gates = {gate.attr: gate for gate in facts.gates}
     removed = {part.attr for part in (facts.q, facts.k, facts.v) if part is not None}
     for node in edit.body_of(init):
         pair = edit.assigned_attribute(node)
@@ -156,11 +160,14 @@ self.qkv_proj = QKVParallelLinear(
             continue
         elif attr == facts.o.attr:
             body.append(linear_statement(node, "RowParallelLinear"))
+        elif attr in gates:
+            body.append(gate_statement(node, gates[attr], facts, view))
         elif pair and edit.is_call(pair[1], "Attention"):
             body.append(_attention(node, pair[1]))
         else:
             body.append(node)
     body = [_rename(s, renames) for s in body]
+    body = own_parts(work, facts, view, body)
     body = _after_head_dim(body, facts, renames)
     return add_parameter(
         edit.with_body(init, body), "quant_config: QuantizationConfig | None = None"
@@ -186,11 +193,8 @@ def _total_names(view: ClassView, heads: str, kv_heads: str) -> dict[str, str]:
 
 
 def _rename(node: edit.Statement, renames: dict[str, str]) -> edit.Statement:
-    if "self.num_heads = self.total_num_heads // tp_size" in edit.code(
-        node
-    ) or "self.q_size" in edit.code(node):
-        return node
-    if edit.code(node).strip().startswith(("self.kv_size", "self.num_kv_heads", "self.attn =")):
+    pair = edit.assigned_attribute(node)
+    if pair and (pair[0] in _OF_THIS_RANK or edit.is_call(pair[1], "Attention")):
         return node
 
     def change(here: cst.CSTNode) -> cst.CSTNode | None:

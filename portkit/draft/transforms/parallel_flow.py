@@ -28,8 +28,9 @@ def norm_all_heads(self, norm: nn.Module, x: torch.Tensor, copies: int) -> torch
 
 def rewrite_forward(work: Work, facts: AttentionFacts, forward: cst.FunctionDef) -> cst.FunctionDef:
     body = _split_fused(facts, forward) if facts.qkv is not None else _fuse(facts, forward)
-    body = [_unpack(node, facts.o.attr) for node in body]
-    if facts.per_head_norm is False:
+    for attr in (facts.o.attr, *(gate.attr for gate in facts.gates)):
+        body = [_unpack(node, attr) for node in body]
+    if facts.per_head_norm is False or facts.output_norms:
         body = _norms_over_ranks(work, facts, body)
     heads = {"num_heads", "num_key_value_heads"} & edit.self_attributes_read(cst.Module(body))
     if heads:
@@ -193,48 +194,51 @@ def _norms_over_ranks(
     work: Work, facts: AttentionFacts, body: list[edit.Statement]
 ) -> list[edit.Statement]:
     """A norm over all heads must see the heads of every rank."""
-    vllm_norms = ("RMSNorm", "GemmaRMSNorm", "nn.LayerNorm")
-    for norm in facts.norms:
-        if norm.cls not in vllm_norms or norm.size.startswith("("):
+    known = {"RMSNorm", "GemmaRMSNorm", "nn.LayerNorm"}
+    known |= {n.name for n in work.facts.norm_classes if n.formula != "unknown"}
+    wide = () if facts.per_head_norm is not False else facts.norms
+    wide = [n for n in wide if not n.size.startswith("(")]
+    for norm in (*wide, *facts.output_norms):
+        if norm.cls not in known:
             raise Blocker(
-                f"{facts.cls}.{norm.attr} ({norm.cls}) has weights for each head: "
-                "each rank would need its own "
-                "part of them, and a weight_loader that takes it.",
+                f"{facts.cls}.{norm.attr} ({norm.cls}) normalises over all heads in a way that "
+                "portkit does not know.",
                 norm.line,
             )
-    if len(facts.norms) != 2:
-        raise Blocker(
-            f"{facts.cls} normalises over all heads with {len(facts.norms)} norms.", facts.line
-        )
-    query, key = (n.attr for n in facts.norms)
+    if len(wide) not in (0, 2):
+        raise Blocker(f"{facts.cls} normalises over all heads with {len(wide)} norms.", facts.line)
+    copies = {n.attr: c for n, c in zip(wide, ("1", "self.num_kv_head_copies"), strict=False)}
+    copies |= {n.attr: "1" for n in facts.output_norms}
+    if not copies:
+        return body
 
     def change(here: cst.CSTNode) -> cst.CSTNode | None:
-        for attr, copies in ((query, "1"), (key, "self.num_kv_head_copies")):
+        for attr, count in copies.items():
             if edit.is_call(here, f"self.{attr}"):
                 return edit.expression(
-                    f"self.norm_all_heads(self.{attr}, {edit.flat(here.args[0].value)}, {copies})"
+                    f"self.norm_all_heads(self.{attr}, {edit.flat(here.args[0].value)}, {count})"
                 )
         return None
 
-    work.did.append(
-        f"{facts.cls}: {query} and {key} normalise over all heads, so ranks gather them first."
-    )
+    names = " and ".join(copies)
+    work.did.append(f"{facts.cls}: {names} normalise over all heads, so ranks gather them first.")
     return [edit.replace(n, change) for n in body]
 
 
 def add_norm_helper(cls: cst.ClassDef) -> cst.ClassDef:
     """Add the method that gathers, and the number of copies of a KV head, where they are used."""
+    if "self.num_kv_head_copies" in edit.code(cls):
+        init = edit.method(cls, "__init__")
+        body: list[edit.Statement] = []
+        for node in edit.body_of(init):
+            body.append(node)
+            if (edit.assigned_attribute(node) or ("",))[0] == "num_kv_heads":
+                body.append(
+                    edit.statement(
+                        "self.num_kv_head_copies = max(1, tp_size // self.total_num_kv_heads)"
+                    )
+                )
+        cls = set_method(cls, edit.with_body(init, body))
     if "self.norm_all_heads(" not in edit.code(cls):
         return cls
-    init = edit.method(cls, "__init__")
-    body: list[edit.Statement] = []
-    for node in edit.body_of(init):
-        body.append(node)
-        if (edit.assigned_attribute(node) or ("",))[0] == "num_kv_heads":
-            body.append(
-                edit.statement(
-                    "self.num_kv_head_copies = max(1, tp_size // self.total_num_kv_heads)"
-                )
-            )
-    cls = set_method(cls, edit.with_body(init, body))
     return set_method(cls, edit.function(_NORM_ALL_HEADS))

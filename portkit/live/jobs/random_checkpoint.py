@@ -96,9 +96,12 @@ HARD: dict[str, Any] = {
     "final_logit_softcapping": 3.0,
     "attention_bias": True,
     "mlp_bias": True,
+    "qk_layernorm": True,
+    "use_qk_norm": True,
+    "clip_qkv": 1.5,
 }
 """Values that make mistakes show; dropped one by one if the class refuses them."""
-OPTIONAL = ("head_dim", "num_key_value_heads", "num_experts_per_tok")
+OPTIONAL = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "clip_qkv")
 """Fields that are set even where the config's default is None."""
 NO_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 

@@ -18,6 +18,7 @@ from portkit.draft.transforms.parallel_attention import port_attention
 from portkit.draft.transforms.parallel_head import port_causal_lm
 from portkit.draft.transforms.parallel_mlp import port_mlp
 from portkit.draft.transforms.parallel_model import port_layer, port_model
+from portkit.draft.transforms.parallel_parts import head_parameters, whole_parameters
 from portkit.draft.work import Work
 from portkit.port import Port
 
@@ -48,9 +49,17 @@ def draft_source(source: str, architecture: str) -> Work:
 def _refuse_own_parameters(work: Work) -> None:
     """Weights that a class keeps itself (experts, routers) need more than another layer class."""
     norms = {norm.name for norm in work.facts.norm_classes}
+    attention = work.facts.attention
     for view in view_module(work.module.code).classes.values():
+        own: set[str] = set()
+        if view.name == attention.cls:
+            own = {*head_parameters(attention, view), *whole_parameters(attention, view)}
         for item in view.assigned:
-            if view.name not in norms and call_name(item.value).endswith("Parameter"):
+            if (
+                item.attr not in own
+                and view.name not in norms
+                and call_name(item.value).endswith("Parameter")
+            ):
                 raise Blocker(
                     f"{view.name}.{item.attr} is a parameter of its own, not a layer: every rank "
                     "would hold it whole, and its names in the checkpoint may differ.",

@@ -1,0 +1,187 @@
+"""Step parallel, attention: what belongs to single heads goes where its heads go.
+
+Gates become column-parallel, parameters and norm weights with an entry for each head are made for
+this rank's heads, and a weight_loader takes them from the checkpoint's tensor.
+"""
+
+from __future__ import annotations
+
+import ast
+
+import libcst as cst
+
+from portkit.analysis.classes import ClassView, call_name, text, view_module
+from portkit.analysis.facts import AttentionFacts, Linear
+from portkit.draft import edit
+from portkit.draft.blocker import Blocker
+from portkit.draft.transforms.constructors import linear_statement
+from portkit.draft.work import Work
+
+_LOAD_OWN_HEADS = '''
+def load_own_heads(
+    param: torch.Tensor, loaded_weight: torch.Tensor, copies: int = 1
+) -> None:
+    """Take this rank's heads; `copies` ranks in a row hold the same ones."""
+    start = get_tensor_model_parallel_rank() // copies * param.shape[0]
+    default_weight_loader(param, loaded_weight[start : start + param.shape[0]])
+'''
+_RANK = "get_tensor_model_parallel_rank()"
+
+
+def head_parameters(facts: AttentionFacts, view: ClassView) -> dict[str, bool]:
+    """Parameters of the attention with one entry for each head; True for key/value heads."""
+    heads, kv_heads = (_resolved(view, e) for e in (facts.num_heads, facts.num_kv_heads))
+    found: dict[str, bool] = {}
+    for item in view.assigned:
+        size = _parameter_size(view, item.value)
+        if size in (heads, kv_heads):
+            found[item.attr] = size == kv_heads and size != heads
+    return found
+
+
+def whole_parameters(facts: AttentionFacts, view: ClassView) -> set[str]:
+    """Parameters as wide as one head: the same for all heads, so whole on every rank."""
+    dim = _resolved(view, facts.head_dim)
+    return {i.attr for i in view.assigned if _parameter_size(view, i.value) in (dim, f"({dim},)")}
+
+
+def _parameter_size(view: ClassView, value: ast.expr) -> str:
+    """The size in nn.Parameter(torch.empty(size)), also where a condition leaves it None."""
+    if isinstance(value, ast.IfExp):
+        value = value.body
+    if not (isinstance(value, ast.Call) and call_name(value).endswith("Parameter") and value.args):
+        return ""
+    made = value.args[0]
+    if not isinstance(made, ast.Call):
+        return ""
+    size = next((k.value for k in made.keywords if k.arg == "size"), None)
+    if size is None and made.args:
+        size = made.args[0]
+    return "" if size is None else _resolved(view, text(size))
+
+
+def _resolved(view: ClassView, expression: str) -> str:
+    if not expression:
+        return ""
+    found = view.resolve(ast.parse(expression, mode="eval").body)
+    return text(found).replace("self.config.", "config.")
+
+
+# ---- gates --------------------------------------------------------------------------------------
+
+
+def gate_statement(node: edit.Statement, gate: Linear, facts: AttentionFacts, view: ClassView):
+    """The gate as wide as this rank's heads, or whole if it is one number for all of them."""
+    heads, dim = _resolved(view, facts.num_heads), _resolved(view, facts.head_dim)
+    widths = {heads, f"{heads} * {dim}", f"{dim} * {heads}"}
+    reads = (facts.qkv or facts.q).in_features
+    size = ast.parse(gate.out_features, mode="eval").body
+    sizes = [size.body, size.orelse] if isinstance(size, ast.IfExp) else [size]
+    if gate.in_features == reads and all(text(s) in widths for s in sizes):
+        return linear_statement(node, "ColumnParallelLinear")
+    if gate.in_features == reads and gate.out_features == "1":
+        return linear_statement(node, "ReplicatedLinear")
+    raise Blocker(
+        f"{facts.cls}.{gate.attr} is {gate.out_features} wide and reads {gate.in_features}: "
+        "it cannot be divided as the heads are.",
+        gate.line,
+    )
+
+
+# ---- weights of single heads --------------------------------------------------------------------
+
+
+def own_parts(
+    work: Work, facts: AttentionFacts, view: ClassView, body: list[edit.Statement]
+) -> list[edit.Statement]:
+    """Norm weights and parameters that have an entry for each head, made for this rank's heads."""
+    parameters = head_parameters(facts, view)
+    by_head = {n.attr for n in facts.norms if n.size.startswith("(")}
+    heads = {"self.total_num_heads", _resolved(view, facts.num_heads)}
+    kv_heads = {"self.total_num_kv_heads", _resolved(view, facts.num_kv_heads)}
+
+    def is_kv(value: cst.BaseExpression) -> bool:
+        shown = {edit.code(n) for n in edit.find(value, lambda n: isinstance(n, cst.Attribute))}
+        return bool(shown & kv_heads) and not shown & heads
+
+    def visit(node: edit.Statement) -> list[edit.Statement]:
+        if isinstance(node, cst.If):
+            return [edit.with_body(node, [s for n in edit.body_of(node) for s in visit(n)])]
+        attr, value = edit.assigned_attribute(node) or ("", None)
+        if attr not in by_head and attr not in parameters:
+            return [node]
+        kv = parameters.get(attr, False) or is_kv(value)
+        own = "self.num_kv_heads" if kv else "self.num_heads"
+        made = edit.replace(
+            node, lambda n: _renamed(n, kv_heads if kv else heads, own, facts, view)
+        )
+        loader = (
+            "partial(load_own_heads, copies=self.num_kv_head_copies)" if kv else ("load_own_heads")
+        )
+        written = (
+            [f"self.{attr}"]
+            if attr in parameters
+            else [f"self.{attr}.{p}" for p in _weights(work, facts, attr)]
+        )
+        lines = [f'set_weight_attrs({w}, {{"weight_loader": {loader}}})' for w in written]
+        if isinstance(value, cst.IfExp):
+            lines = [f"if self.{attr} is not None:\n    {line}" for line in lines]
+        return [made, *(edit.statement(line) for line in lines)]
+
+    made = [s for n in body for s in visit(n)]
+    _in_order(facts, made, {*parameters, *by_head})
+    if any("load_own_heads" in edit.code(n) for n in made):
+        place_helper(work, facts.cls, "load_own_heads", _LOAD_OWN_HEADS)
+        work.did.append(
+            f"{facts.cls}: {', '.join(sorted({*parameters, *by_head}))} have weights for each "
+            "head: each rank makes and loads those of its own."
+        )
+    return made
+
+
+def _renamed(here: cst.CSTNode, names: set[str], own: str, facts, view) -> cst.CSTNode | None:
+    if isinstance(here, cst.Attribute) and edit.code(here) in names:
+        return edit.expression(own)
+    if isinstance(here, cst.Name) and _resolved(view, here.value) in names:
+        return edit.expression(own)
+    return None
+
+
+def _weights(work: Work, facts: AttentionFacts, attr: str) -> list[str]:
+    """Parameters of the class of a norm that has weights for each head."""
+    norm = next(n for n in facts.norms if n.attr == attr)
+    cls = view_module(work.module.code).classes.get(norm.cls)
+    found = (
+        [i.attr for i in cls.assigned if call_name(i.value).endswith("Parameter")] if cls else []
+    )
+    if not found:
+        raise Blocker(
+            f"{facts.cls}.{attr} ({norm.cls}) has weights for each head that portkit cannot find.",
+            norm.line,
+        )
+    return found
+
+
+def _in_order(facts: AttentionFacts, body: list[edit.Statement], attrs: set[str]) -> None:
+    """Stop if a weight of single heads is made before the head counts of this rank are known."""
+    known = False
+    for node in body:
+        known = known or (edit.assigned_attribute(node) or ("",))[0] == "kv_size"
+        made = {n for n in attrs if f"self.{n} =" in edit.code(node)}
+        if made and not known:
+            raise Blocker(
+                f"{facts.cls} makes {sorted(made)[0]} before its projections.", facts.line
+            )
+
+
+def place_helper(work: Work, before: str, name: str, source: str) -> None:
+    """Put a function in front of a class, unless the file has it."""
+    body = list(work.module.body)
+    if any(isinstance(n, cst.FunctionDef) and n.name.value == name for n in body):
+        return
+    at = next(
+        i for i, n in enumerate(body) if isinstance(n, cst.ClassDef) and n.name.value == before
+    )
+    lines = [cst.EmptyLine(indent=False), cst.EmptyLine(indent=False)]
+    body.insert(at, edit.function(source).with_changes(leading_lines=lines))
+    work.module = work.module.with_changes(body=body)

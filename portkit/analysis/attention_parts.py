@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from portkit.analysis.classes import ClassView, call_name
+from portkit.analysis.classes import ClassView, call_name, text, view_module
+
+if TYPE_CHECKING:
+    from portkit.analysis.facts import AttentionFacts
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,39 @@ def output_path(
             reached = reached | names if touched(node.value) else reached - names
     kept = tuple(dict.fromkeys(found))
     return OutputPath(tuple(a for a in kept if a in linears), tuple(a for a in kept if a in norms))
+
+
+def norms_of_each_head(source: str, facts: AttentionFacts) -> dict[str, str]:
+    """Attribute -> class of submodules of the attention that are a list of norms, one per head."""
+    classes = view_module(source).classes
+    found = {i.attr: call_name(i.value) for i in classes[facts.cls].assigned}
+    return {a: c for a, c in found.items() if c in classes and _is_norm_of_each_head(classes[c])}
+
+
+def _is_norm_of_each_head(view: ClassView) -> bool:
+    """Does the class hold one norm per head and apply each to its head, on axis 1?
+
+    Axis 1 is that of the heads in [batch, heads, seq, dim] and in [num_tokens, heads, dim] alike.
+    """
+    lists = [i for i in view.assigned if call_name(i.value).rsplit(".", 1)[-1] == "ModuleList"]
+    forward = view.forward
+    if len(lists) != 1 or forward is None:
+        return False
+    made = {call_name(n) for n in ast.walk(lists[0].value)}
+    calls = {call_name(n): n for n in ast.walk(forward) if isinstance(n, ast.Call)}
+    split, cat = calls.get("torch.split"), calls.get("torch.cat")
+    if (
+        not any(n.endswith("Norm") for n in made)
+        or split is None
+        or cat is None
+        or "zip" not in calls
+    ):
+        return False
+    return _axis(split) == _axis(cat) == "1" and text(split.args[1]) == "1"
+
+
+def _axis(call: ast.Call) -> str:
+    return next((text(k.value) for k in call.keywords if k.arg == "dim"), "")
 
 
 def _in_order(function: ast.FunctionDef) -> list[ast.AST]:

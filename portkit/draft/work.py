@@ -26,12 +26,15 @@ class Work:
                 return item
         raise Blocker(f"there is no class {name} in the file.")
 
-    def put(self, cls: cst.ClassDef) -> None:
-        """Put a class back under its name."""
-        name = cls.name.value
+    def functions(self) -> dict[str, cst.FunctionDef]:
+        """Functions at the file's top level."""
+        return {i.name.value: i for i in self.module.body if isinstance(i, cst.FunctionDef)}
+
+    def put(self, new: cst.ClassDef | cst.FunctionDef) -> None:
+        """Put a class or a function back under its name."""
         self.module = self.module.with_changes(
             body=[
-                cls if isinstance(i, cst.ClassDef) and i.name.value == name else i
+                new if isinstance(i, type(new)) and i.name.value == new.name.value else i
                 for i in self.module.body
             ]
         )

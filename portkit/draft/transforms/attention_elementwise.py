@@ -12,7 +12,7 @@ from dataclasses import replace
 import libcst as cst
 
 from portkit.draft import edit
-from portkit.draft.transforms.attention_values import Value
+from portkit.draft.transforms.attention_values import Layout, Value
 
 FUNCTIONS = {
     *("torch.sigmoid", "torch.tanh", "torch.clamp", "torch.exp", "torch.relu"),
@@ -51,11 +51,59 @@ def in_place(statement: cst.BaseSmallStatement | None) -> tuple[cst.Name, cst.Ca
     return func.value, call.with_changes(func=plain)
 
 
+_PER_TOKEN: dict[str, Layout] = {
+    ":,None,:,None": "heads_seq",
+    ":,:,None,None": "seq_heads",
+    ":,:,None": "flat",
+}
+"""How a function of positions [B, S] makes room for heads -> what it can be multiplied with."""
+
+
+def of_positions(call: cst.Call, function: cst.FunctionDef | None) -> Value | None:
+    """A call of a function of positions: one number for each token, [num_tokens, 1].
+
+    The function's last step is to add axes, which `flat_positions` rewrites.
+    """
+    axes = _added_axes(function)
+    layout = _PER_TOKEN.get(axes)
+    if layout is None:
+        return None
+    arguments = [a for a in call.args if a.star == ""]
+    new = call.with_changes(
+        args=[
+            a.with_changes(value=cst.Name("positions"))
+            if edit.code(a.value) == "position_ids"
+            else a
+            for a in arguments
+        ]
+    )
+    return Value("tensor", new, "per_token", base=layout)
+
+
+def flat_positions(function: cst.FunctionDef) -> cst.FunctionDef:
+    """The same function for positions [num_tokens]: it returns [num_tokens, 1]."""
+    *body, last = edit.body_of(function)
+    small = edit.single(last)
+    value = small.value.with_changes(slice=edit.expression("x[:, None]").slice)
+    last = last.with_changes(body=[small.with_changes(value=value)])
+    return edit.with_body(function, [*body, last])
+
+
+def _added_axes(function: cst.FunctionDef | None) -> str:
+    last = edit.single(edit.body_of(function)[-1]) if function is not None else None
+    if not (isinstance(last, cst.Return) and isinstance(last.value, cst.Subscript)):
+        return ""
+    return ",".join(edit.code(s.slice).strip() for s in last.value.slice)
+
+
 def combined(node: cst.BinaryOperation, left: Value, right: Value, head_dim: str) -> Value | None:
     """Two tensors that are combined element by element; None if their shapes do not say how."""
     new = node.with_changes(left=_grouped(left.node), right=_grouped(right.node))
     if left.layout == right.layout:
         return replace(left, node=new)
+    for token, other in ((left, right), (right, left)):
+        if token.layout == "per_token" and token.base == other.layout:
+            return replace(other, node=new)
     layouts = {left.layout, right.layout}
     if layouts == {"seq_heads", "per_head"}:
         split = new.with_changes(

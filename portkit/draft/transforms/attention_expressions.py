@@ -14,6 +14,7 @@ from portkit.draft.transforms.attention_elementwise import (
     applied,
     combined,
     function_name,
+    of_positions,
 )
 from portkit.draft.transforms.attention_values import (
     ELEMENTWISE,
@@ -37,9 +38,12 @@ class AttentionExpressions:
         dropouts: set[str],
         rotary_functions: set[str],
         head_dim: str,
+        functions: dict[str, cst.FunctionDef],
         source: str,
         first_line: int,
     ) -> None:
+        self.functions = functions
+        self.of_positions: set[str] = set()
         self.source = source.splitlines()
         self.cls, self.linears, self.norms, self.dropouts = cls, linears, norms, dropouts
         self.rotary_functions, self.head_dim, self.first_line = (
@@ -96,7 +100,7 @@ class AttentionExpressions:
             return self._subscript(node, env)
         if isinstance(node, cst.Attribute):
             owner = self._value(node.value, env)
-            if owner.kind == "tensor":
+            if owner.kind in ("tensor", "positions"):
                 return Value("shape" if node.attr.value in ("shape", "device") else "plain", node)
             return owner if owner.kind == "erased" else Value("plain", node)
         if isinstance(node, cst.BinaryOperation):
@@ -171,9 +175,15 @@ class AttentionExpressions:
                 return self._method(node, node.func.attr.value, owner, env)
             if owner.kind in ("erased", "shape"):
                 return owner
+        if any(self._value(a.value, env).kind == "positions" for a in node.args):
+            made = of_positions(node, self.functions.get(name))
+            if made is not None:
+                self.of_positions.add(name)
+                return made
         if "ALL_ATTENTION_FUNCTIONS" in name or self._erased_inside(node, env):
             return ERASED
-        if any(self._value(a.value, env).kind in ("tensor", "part") for a in node.args):
+        moving = ("tensor", "part", "positions")
+        if any(self._value(a.value, env).kind in moving for a in node.args):
             raise self._stop(f"cannot follow `{edit.flat(node)}`", node)
         return Value("plain", node)
 

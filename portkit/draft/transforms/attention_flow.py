@@ -32,11 +32,13 @@ class AttentionFlow(AttentionExpressions):
         if star is not None:
             env[star.name.value] = ERASED
         env[hidden] = Value("tensor", cst.Name(hidden))
+        if "position_ids" in env:
+            env["position_ids"] = Value("positions", cst.Name("positions"))
         env["self"] = Value("plain", cst.Name("self"))
         body = self._block(edit.body_of(forward), env)
         if not self.attended:
             raise Blocker(f"{self.cls}.forward never calls the attention.", self.first_line)
-        return FlowResult(body, self.keywords, self.rotary_used)
+        return FlowResult(body, self.keywords, self.rotary_used, frozenset(self.of_positions))
 
     # ---- statements -------------------------------------------------------------------------
 

@@ -18,13 +18,14 @@ Layout = Literal["flat", "seq_heads", "heads_seq", "per_head"]
 class Value:
     """What a name or expression of the original forward stands for."""
 
-    kind: Literal["tensor", "erased", "plain", "shape", "several", "part"]
+    kind: Literal["tensor", "erased", "plain", "shape", "several", "part", "positions"]
     node: cst.BaseExpression | None = None
     """The expression in the new code, always [num_tokens, features] for a tensor."""
     layout: Layout = "flat"
     parts: tuple[Value, ...] = ()
     base: str = ""
-    """For a part of the head (partial rotary): the name of the whole."""
+    """For a part of the head (partial rotary): the name of the whole. For one number per token:
+    the layout that its axes of length 1 fit."""
     side: Literal["", "rotated", "rest"] = ""
     bound: str = ""
     turned: bool = False
@@ -41,6 +42,8 @@ class FlowResult:
     keywords: dict[str, cst.BaseExpression]
     """Keyword arguments of the original attention call that vLLM's Attention takes in __init__."""
     rotary_used: bool
+    of_positions: frozenset[str] = frozenset()
+    """Functions of the file that are called with positions, now [num_tokens]."""
 
 
 ELEMENTWISE = (

@@ -6,10 +6,12 @@ import ast
 
 import libcst as cst
 
+from portkit.analysis.attention_parts import norms_of_each_head
 from portkit.analysis.classes import text, view_module
 from portkit.analysis.read_blocks import linears_of
 from portkit.draft import edit, prune
 from portkit.draft.blocker import Blocker
+from portkit.draft.transforms.attention_elementwise import flat_positions
 from portkit.draft.transforms.attention_flow import AttentionFlow
 from portkit.draft.work import Work, plain_module, rewrite_init, set_method
 
@@ -60,6 +62,7 @@ def port_attention(work: Work) -> None:
     hidden = edit.parameters(forward)[0]
     rotary = work.facts.rotary
     flow = AttentionFlow(
+        functions=work.functions(),
         cls=facts.cls,
         linears=set(linears_of(view)),
         norms=_known_norms(work),
@@ -83,6 +86,8 @@ def port_attention(work: Work) -> None:
     body = [*_inference_init(edit.body_of(init)), *made]
     cls = rewrite_init(cls, attention_signature(init), body, _layer_index(init, body))
     work.put(plain_module(cls))
+    for name in flow.of_positions:
+        work.put(flat_positions(work.functions()[name]))
     work.did.append(
         f"{facts.cls}: masks, caches, [batch, seq] shapes go; vLLM's Attention keeps the cache."
     )
@@ -100,7 +105,8 @@ def _known_norms(work: Work) -> set[str]:
     facts = work.facts.attention
     known = {n.name for n in work.facts.norm_classes if n.formula != "unknown"}
     known |= {"nn.LayerNorm", "RMSNorm", "GemmaRMSNorm", "nn.RMSNorm"}
-    return {n.attr for n in (*facts.norms, *facts.output_norms) if n.cls in known}
+    each = norms_of_each_head(work.module.code, facts)
+    return {n.attr for n in (*facts.norms, *facts.output_norms) if n.cls in known} | set(each)
 
 
 def attention_signature(init: cst.FunctionDef) -> str:

@@ -12,7 +12,7 @@ from portkit.draft import edit
 from portkit.draft.blocker import Blocker
 from portkit.draft.transforms.constructors import add_parameter, linear_statement
 from portkit.draft.transforms.parallel_flow import add_norm_helper, rewrite_forward
-from portkit.draft.transforms.parallel_parts import gate_statement, own_parts
+from portkit.draft.transforms.parallel_parts import gate_statement, norms_of_own_heads, own_parts
 from portkit.draft.work import Work, set_method
 
 _HEADS = """
@@ -168,6 +168,7 @@ self.qkv_proj = QKVParallelLinear(
             body.append(node)
     body = [_rename(s, renames) for s in body]
     body = own_parts(work, facts, view, body)
+    body = norms_of_own_heads(work, facts, view, body)
     body = _after_head_dim(body, facts, renames)
     return add_parameter(
         edit.with_body(init, body), "quant_config: QuantizationConfig | None = None"

@@ -10,12 +10,13 @@ import ast
 
 import libcst as cst
 
+from portkit.analysis.attention_parts import norms_of_each_head
 from portkit.analysis.classes import ClassView, call_name, text, view_module
 from portkit.analysis.facts import AttentionFacts, Linear
 from portkit.draft import edit
 from portkit.draft.blocker import Blocker
-from portkit.draft.transforms.constructors import linear_statement
-from portkit.draft.work import Work
+from portkit.draft.transforms.constructors import add_parameter, linear_statement
+from portkit.draft.work import Work, set_method
 
 _LOAD_OWN_HEADS = '''
 def load_own_heads(
@@ -137,6 +138,47 @@ def own_parts(
             "head: each rank makes and loads those of its own."
         )
     return made
+
+
+def norms_of_own_heads(
+    work: Work, facts: AttentionFacts, view: ClassView, body: list[edit.Statement]
+) -> list[edit.Statement]:
+    """Where each head has a norm module, every rank has all of them and applies its heads'."""
+    each = norms_of_each_head(work.module.code, facts)
+    kv = _resolved(view, facts.num_kv_heads)
+    heads = _resolved(view, facts.num_heads)
+
+    def change(here: cst.CSTNode) -> cst.CSTNode | None:
+        if not edit.is_call(here, *each.values()):
+            return None
+        given = [edit.flat(a.with_changes(comma=cst.MaybeSentinel.DEFAULT)) for a in here.args]
+        of_kv = heads != kv and any(g in ("self.total_num_kv_heads", kv) for g in given)
+        first = f"{_RANK} // self.num_kv_head_copies * self.num_kv_heads"
+        first = first if of_kv else f"{_RANK} * self.num_heads"
+        return edit.make_call(edit.code(here.func), *given, f"first_head={first}")
+
+    if not each:
+        return body
+    for name in dict.fromkeys(each.values()):
+        cls = work.cls(name)
+        init, forward = edit.method(cls, "__init__"), edit.method(cls, "forward")
+        item = next(
+            a
+            for s in edit.body_of(init)
+            if (a := edit.assigned_attribute(s)) and edit.is_call(a[1], "nn.ModuleList")
+        )
+        x = edit.parameters(forward)[0]
+        own = f"islice(self.{item[0]}, self.first_head, None)"
+        init = edit.with_body(
+            init, [*edit.body_of(init), edit.statement("self.first_head = first_head")]
+        )
+        init = add_parameter(init, "first_head: int = 0")
+        forward = edit.replace_text(forward, f"self.{item[0]}", own)
+        work.put(set_method(set_method(cls, init), forward))
+        work.did.append(
+            f"{name}: has the norms of all heads on every rank, and applies those of {x}'s heads."
+        )
+    return [edit.replace(n, change) for n in body]
 
 
 def _renamed(here: cst.CSTNode, names: set[str], own: str, facts, view) -> cst.CSTNode | None:

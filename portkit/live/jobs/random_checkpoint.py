@@ -137,10 +137,10 @@ def _smallest_that_works(
     fields = {k: v for k, v in default.to_dict().items() if v is not None or k in OPTIONAL}
     sizes = {k: v for k, v in SIZES.items() if isinstance(fields.get(k, ""), (int, type(None)))}
     hard = {k: v for k, v in HARD.items() if k in fields}
-    hard |= _hybrid(default, fields) | _multipliers(fields)
+    hard |= _windows(fields) | _hybrid(default, fields) | _multipliers(fields)
     rope = fields.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
-        hard["rope_parameters"] = {**rope, "rope_theta": 20000.0}
+        hard["rope_parameters"] = {**rope, "rope_theta": 20000.0, **_near(rope)}
     elif "rope_theta" in fields:
         hard["rope_theta"] = 20000.0
     problem: Exception | None = None
@@ -191,6 +191,22 @@ def _multipliers(fields: dict[str, Any]) -> dict[str, Any]:
             found[name] = 0.75
         elif name.endswith("_multipliers") and isinstance(value, list) and set(value) == {1.0}:
             found[name] = [0.75 + 0.125 * i for i in range(len(value))]
+    return found
+
+
+def _near(rope: dict[str, Any]) -> dict[str, Any]:
+    """A short original length, so that the prompts reach beyond it."""
+    given = rope.get("original_max_position_embeddings")
+    return {"original_max_position_embeddings": 32} if given else {}
+
+
+def _windows(fields: dict[str, Any]) -> dict[str, Any]:
+    """Switch on sliding windows that are off by default, on one of three layers if it has kinds."""
+    if "use_sliding_window" not in fields:
+        return {}
+    found = {"use_sliding_window": True, "sliding_window": SIZES["sliding_window"]}
+    if set(fields.get("layer_types") or ()) == {"full_attention"}:
+        found["layer_types"] = ["full_attention", "sliding_attention", "full_attention"]
     return found
 
 

@@ -1,0 +1,40 @@
+"""Drafts of attention's variations: clamps, gates, sinks, norms of heads, scales by position."""
+
+import pytest
+from test_drafts import STEPS, copied, drafted, states
+
+from portkit.lint.engine import lint_source
+from portkit.lint.registry import rules_of
+
+MODELS = ("olmo", "cohere", "bitnet", "ministral3")
+WRITTEN = [
+    ("olmo", "forward", "query_states = query_states.clamp("),
+    ("cohere", "weights", "hidden_size=(self.num_heads, self.head_dim)"),
+    ("cohere", "weights", "set_weight_attrs(self.q_norm.weight"),
+    ("cohere", "weights", "load_own_heads, copies=self.num_kv_head_copies"),
+    ("bitnet", "weights", "self.attn_sub_norm, attn_output, 1\n"),
+    ("ministral3", "forward", "return scaling[:, None]\n"),
+    ("ministral3", "forward", "query_states * get_llama_4_attn_scale(\n            positions,"),
+]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_drafts_satisfy_the_rules_and_are_done(model: str) -> None:
+    architecture, _ = copied(model)
+    for step in STEPS:
+        rules = [rule for rule in rules_of(step) if rule.target == "modeling"]
+        left = lint_source(states(model)[step], "modeling.py", rules)
+        assert [(f.rule, f.line, f.message) for f in left] == []
+        assert drafted(states(model)[step], architecture, step).status == "skipped"
+
+
+@pytest.mark.parametrize(("model", "step", "text"), WRITTEN)
+def test_what_attention_computes_is_kept(model: str, step: str, text: str) -> None:
+    assert text in states(model)[step]
+
+
+def test_a_branch_that_decides_whether_to_rotate_is_not_dropped() -> None:
+    architecture, source = copied("granite_swa")
+    outcome = drafted(source, architecture, "forward")
+    assert outcome.status == "failed"
+    assert "rotates only `if position_embeddings is not None`" in outcome.reason

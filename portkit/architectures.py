@@ -24,6 +24,7 @@ NOT_PORTABLE = {
     "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES": "a speech model with an encoder and a decoder",
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "a multimodal model",
     "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES": "a multimodal model",
+    "MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES": "part of a model that makes sound",
     "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "an encoder trained by masking (a masked language model)",
 }
 """Transformers' table → what its classes are, for kinds that the workbook does not port."""
@@ -113,6 +114,64 @@ def causal_architectures() -> dict[str, str]:
             ):
                 found[name] = model_type
     return found
+
+
+def in_scope() -> dict[str, str]:
+    """Return architecture → model type of what the workbook ports: decoders that stand alone.
+
+    Out, by Transformers' own tables and nothing else: decoders of encoder-decoder, speech and sound
+    models, masked language models, multimodal wrappers. The text decoder of a multimodal model
+    stays in. A few more are decoders of something else by their code (`_needs_another`).
+    """
+    found = {}
+    for name, model_type in causal_architectures().items():
+        if not _not_portable(name) and not _kind_of_type(model_type):
+            architecture = _architecture(name, model_type)
+            if not _needs_another(architecture):
+                found[name] = model_type
+    return found
+
+
+def _kind_of_type(model_type: str) -> str:
+    """Say what a model type is, if all of its classes are of a kind that is not ported."""
+    for table, kind in NOT_PORTABLE.items():
+        if table not in PARTLY and model_type in tables().get(table, {}):
+            return kind
+    return ""
+
+
+PARTLY = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
+"""Tables that name a whole; the model type's ForCausalLM class is its decoder, which stands alone.
+"""
+
+
+def _partly(model_type: str) -> bool:
+    return any(model_type in tables().get(table, {}) for table in PARTLY)
+
+
+def _needs_another(architecture: Architecture) -> bool:
+    """Whether the class's forward takes the states of another model that it cannot do without."""
+    tree = ast.parse(architecture.file.read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == architecture.name:
+            taken = {
+                a.arg
+                for f in node.body
+                if isinstance(f, ast.FunctionDef) and f.name == "forward"
+                for a in f.args.args
+            }
+            if "shared_kv_states" in taken:
+                return True
+            if "cross_attention_states" in taken and _partly(architecture.model_type):
+                return True
+            # GPT-2 and others take encoder states too, but stand alone unless a config asks; the
+            # BERT kind looks at `config.is_decoder` and is an encoder by default.
+            asks = any(
+                isinstance(n, ast.Attribute) and ast.unparse(n) == "config.is_decoder"
+                for n in ast.walk(tree)
+            )
+            return "encoder_hidden_states" in taken and asks
+    return False
 
 
 def _modeling_files(model_type: str) -> tuple[Path, ...]:

@@ -146,6 +146,8 @@ def _smallest_that_works(
     problem: Exception | None = None
     for dropped in _fewer(list(hard)):
         values = {**sizes, **{k: v for k, v in hard.items() if k not in dropped}}
+        if "head_dim" in dropped:  # a default for a large model rarely fits the small sizes
+            values["head_dim"] = SIZES["hidden_size"] // SIZES["num_attention_heads"]
         values = {
             **values,
             **_lists(default, {**fields, **hard}, sizes.get("num_hidden_layers", 3)),

@@ -1,5 +1,7 @@
 """Run vLLM's Transformers backend on the port's checkpoint, and compare it with Transformers.
 
+`args["impl"]` may name "vllm" instead: vLLM's own class of the architecture.
+
 What goes wrong inside the backend is the answer and no error; what goes wrong on the reference
 side, or with the checkpoint, is an error.
 """
@@ -42,13 +44,14 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     expected = [
         (ids, reference.logprobs(ids), *reference.greedy(ids, TOKENS)) for ids in prompts.short
     ]
-    say("Starting vLLM with its Transformers backend")
+    impl = request.args.get("impl", "transformers")
+    say(f"Starting vLLM with model_impl={impl}")
     started = time.perf_counter()
     torch.compiler.set_stance("force_eager")  # vLLM's sampler: no compilation for a few tokens
     try:
         llm = LLM(
             str(checkpoint.root),
-            model_impl="transformers",
+            model_impl=impl,
             trust_remote_code=bool(port.meta["checkpoint"].get("trust_remote_code")),
             **{
                 **profile.options,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from portkit.analysis.fused_qkv import FusedQkv
 from portkit.analysis.norms import Formula
 from portkit.analysis.recurrent import RecurrentFacts
 from portkit.analysis.rotary import Layout
@@ -114,6 +115,8 @@ class AttentionFacts:
     """Linears that make none of query, key, value and output: gates, as a rule."""
     sinks: str = ""
     """As passed to attention, e.g. "self.sinks": one more logit per head; "" if none."""
+    fused: FusedQkv | None = None
+    """How `qkv` is laid out; None where the code that cuts it could not be followed."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from portkit.analysis.attention_parts import output_path
 from portkit.analysis.classes import Assigned, ClassView, argument, call_name, text
 from portkit.analysis.facts import AttentionFacts, Linear, MlpFacts
+from portkit.analysis.fused_qkv import FusedQkv, fused_qkv_of
 from portkit.analysis.symbolic import CannotTell, Interpreter
 
 if TYPE_CHECKING:
@@ -117,12 +118,14 @@ def read_attention(reader: Reader, view: ClassView) -> AttentionFacts:
             keywords.get(n, "") for n in ("scaling", "sliding_window", "softcap", "s_aux")
         )
     q, k, v = (linears.get(role.get(n) or "") for n in "qkv")
+    layout = _layout(reader, view, q, inputs) if fused else None
+    if attention is None and layout is not None:
+        heads, kv_heads = (_resolved(view, n) for n in (layout.num_heads, layout.num_kv_heads))
+        head_dim = layout.head_dim
     resolved_dim = text(view.resolve(ast.parse(head_dim, mode="eval").body)) if head_dim else ""
     resolved_dim = resolved_dim.replace("self.config.", "config.")
     if attention is None and not fused:
         heads, kv_heads = (_heads(linear, resolved_dim) for linear in (q, k))
-    if attention is None and fused:
-        heads, kv_heads = _fused_heads(view)
     norms = tuple(n for n in every_norm if n.attr not in after.norms)
     per_head = None
     if norms:
@@ -148,14 +151,34 @@ def read_attention(reader: Reader, view: ClassView) -> AttentionFacts:
         output_norms=tuple(n for n in every_norm if n.attr in after.norms),
         gates=tuple(v for a, v in linears.items() if a not in {*role.values(), output}),
         sinks="" if sinks == "None" else sinks,
+        fused=layout,
     )
+
+
+def _layout(
+    reader: Reader, view: ClassView, linear: Linear | None, inputs: list[ast.expr]
+) -> FusedQkv | None:
+    """How the fused projection is cut, if that can be followed."""
+    names = tuple(text(node) for node in inputs)
+    if linear is None or len(names) != 3 or linear.cls == "QKVParallelLinear":
+        return None
+    try:
+        return fused_qkv_of(view, linear, names)
+    except CannotTell as unknown:
+        reader.cannot_tell("attention", unknown.what, unknown.line or view.line)
+        return None
+
+
+def _resolved(view: ClassView, expression: str) -> str:
+    resolved = text(view.resolve(ast.parse(expression, mode="eval").body))
+    return resolved.replace("self.config.", "config.")
 
 
 def _flows(view: ClassView, linears: set[str]) -> dict[str, frozenset[str]]:
     """Local name in forward -> attributes of the linears whose outputs reach it."""
     flows: dict[str, frozenset[str]] = {}
 
-    def sources(node: ast.expr) -> frozenset[str]:
+    def sources(node: ast.expr | ast.comprehension) -> frozenset[str]:
         if isinstance(node, ast.Call) and call_name(node).removeprefix("self.") in linears:
             return frozenset({call_name(node).removeprefix("self.")})
         if isinstance(node, ast.Name):
@@ -163,7 +186,7 @@ def _flows(view: ClassView, linears: set[str]) -> dict[str, frozenset[str]]:
         return frozenset(
             s
             for child in ast.iter_child_nodes(node)
-            if isinstance(child, ast.expr)
+            if isinstance(child, ast.expr | ast.comprehension)
             for s in sources(child)
         )
 
@@ -230,12 +253,6 @@ def _heads(linear: Linear | None, head_dim: str) -> str:
         if left == head_dim:
             return right
     return ""
-
-
-def _fused_heads(view: ClassView) -> tuple[str, str]:
-    written = text(view.node)
-    heads = "config.num_attention_heads" if "num_attention_heads" in written else ""
-    return heads, "config.num_key_value_heads" if "num_key_value_heads" in written else heads
 
 
 # ---- feed-forward -------------------------------------------------------------------------------

@@ -41,9 +41,12 @@ class AttentionExpressions:
         functions: dict[str, cst.FunctionDef],
         source: str,
         first_line: int,
+        given: dict[str, dict[str, Value]] | None = None,
     ) -> None:
         self.functions = functions
         self.of_positions: set[str] = set()
+        self.given = given or {}
+        """Statements that are flat already, and what the names they bind stand for."""
         self.source = source.splitlines()
         self.cls, self.linears, self.norms, self.dropouts = cls, linears, norms, dropouts
         self.rotary_functions, self.head_dim, self.first_line = (

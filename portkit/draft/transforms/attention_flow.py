@@ -53,6 +53,9 @@ class AttentionFlow(AttentionExpressions):
     def _statement(self, node: edit.Statement, env: dict[str, Value]) -> list[edit.Statement]:
         if edit.is_docstring(node):
             return []
+        if edit.code(node) in self.given:
+            env.update(self.given[edit.code(node)])
+            return [node]
         if isinstance(node, cst.If):
             return self._if(node, env)
         small = edit.single(node)

@@ -13,6 +13,7 @@ from portkit.draft import edit, prune
 from portkit.draft.blocker import Blocker
 from portkit.draft.transforms.attention_elementwise import flat_positions
 from portkit.draft.transforms.attention_flow import AttentionFlow
+from portkit.draft.transforms.fused_qkv import cut_flat
 from portkit.draft.work import Work, plain_module, rewrite_init, set_method
 
 _ROPE_FIELDS = {
@@ -61,6 +62,7 @@ def port_attention(work: Work) -> None:
     view = view_module(work.module.code).classes[facts.cls]
     hidden = edit.parameters(forward)[0]
     rotary = work.facts.rotary
+    forward, given = cut_flat(work, forward)
     flow = AttentionFlow(
         functions=work.functions(),
         cls=facts.cls,
@@ -71,6 +73,7 @@ def port_attention(work: Work) -> None:
         head_dim=facts.head_dim,
         source=work.module.code,
         first_line=view.forward.lineno,
+        given=given,
     ).run(forward, hidden)
     signature = edit.function(
         f"def forward(self, positions: torch.Tensor, {hidden}: torch.Tensor)"

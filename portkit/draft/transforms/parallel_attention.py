@@ -11,6 +11,7 @@ from portkit.analysis.facts import AttentionFacts, Linear
 from portkit.draft import edit
 from portkit.draft.blocker import Blocker
 from portkit.draft.transforms.constructors import add_parameter, linear_statement
+from portkit.draft.transforms.fused_qkv import add_loader, loader_statements
 from portkit.draft.transforms.parallel_flow import add_norm_helper, rewrite_forward
 from portkit.draft.transforms.parallel_parts import gate_statement, norms_of_own_heads, own_parts
 from portkit.draft.work import Work, set_method
@@ -65,7 +66,7 @@ def port_attention(work: Work) -> None:
         first, fused_bias = _check_projections(facts, view)
     cls = set_method(cls, _init(work, cls, facts, view, first, fused_bias))
     cls = set_method(cls, rewrite_forward(work, facts, forward))
-    work.put(add_norm_helper(cls))
+    work.put(add_loader(add_norm_helper(cls), facts))
     work.did.append(
         f"{facts.cls}: query, key and value -> one QKVParallelLinear, {facts.o.attr} -> "
         "RowParallelLinear; each rank has its heads, copies of KV heads if ranks outnumber them."
@@ -124,6 +125,7 @@ def _init(work, cls, facts: AttentionFacts, view, first: Linear, bias: str) -> c
     renames = _total_names(view, heads, kv_heads)
     body: list[edit.Statement] = []
     gates = {gate.attr: gate for gate in facts.gates}
+    fused = facts.qkv.attr if facts.qkv is not None else "qkv_proj"
     removed = {part.attr for part in (facts.q, facts.k, facts.v) if part is not None}
     for node in edit.body_of(init):
         pair = edit.assigned_attribute(node)
@@ -144,18 +146,19 @@ def _init(work, cls, facts: AttentionFacts, view, first: Linear, bias: str) -> c
             body.append(
                 edit.blank_before(
                     edit.statement(f"""
-self.qkv_proj = QKVParallelLinear(
+self.{fused} = QKVParallelLinear(
     {edit.flat(node_in)},
     {facts.head_dim},
     self.total_num_heads,
     self.total_num_kv_heads,
     bias={bias},
     quant_config=quant_config,
-    prefix=f"{{prefix}}.qkv_proj",
+    prefix=f"{{prefix}}.{fused}",
 )
 """)
                 )
             )
+            body += loader_statements(facts)
         elif attr in removed:
             continue
         elif attr == facts.o.attr:

@@ -7,9 +7,9 @@ import libcst as cst
 from portkit.analysis.facts import AttentionFacts
 from portkit.draft import edit
 from portkit.draft.blocker import Blocker
+from portkit.draft.transforms.fused_qkv import SPLIT, cut_parallel
 from portkit.draft.work import Work, set_method
 
-_SPLIT = "qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)"
 _NORM_ALL_HEADS = '''
 def norm_all_heads(self, norm: nn.Module, x: torch.Tensor, copies: int) -> torch.Tensor:
     """Normalise over the heads of all ranks; x has this rank's [num_tokens, heads * dim]."""
@@ -27,7 +27,7 @@ def norm_all_heads(self, norm: nn.Module, x: torch.Tensor, copies: int) -> torch
 
 
 def rewrite_forward(work: Work, facts: AttentionFacts, forward: cst.FunctionDef) -> cst.FunctionDef:
-    body = _split_fused(facts, forward) if facts.qkv is not None else _fuse(facts, forward)
+    body = cut_parallel(facts, forward) if facts.qkv is not None else _fuse(facts, forward)
     for attr in (facts.o.attr, *(gate.attr for gate in facts.gates)):
         body = [_unpack(node, attr) for node in body]
     if facts.per_head_norm is False or facts.output_norms:
@@ -83,7 +83,7 @@ def _fuse(facts: AttentionFacts, forward: cst.FunctionDef) -> list[edit.Statemen
                     facts.line,
                 )
             made = edit.statements(
-                f"qkv, _ = self.qkv_proj({inputs.pop()})\n{', '.join(names)} = {_SPLIT}"
+                f"qkv, _ = self.qkv_proj({inputs.pop()})\n{', '.join(names)} = {SPLIT}"
             )
             made[0] = made[0].with_changes(leading_lines=node.leading_lines)
             node = node.with_changes(leading_lines=[])
@@ -102,76 +102,6 @@ def _fuse(facts: AttentionFacts, forward: cst.FunctionDef) -> list[edit.Statemen
             continue
         out.append(node)
     return out
-
-
-def _split_fused(facts: AttentionFacts, forward: cst.FunctionDef) -> list[edit.Statement]:
-    """A projection fused in the checkpoint: slices by total sizes become a split by rank sizes."""
-    attr = facts.qkv.attr
-    body = edit.body_of(forward)
-    index = next(
-        (
-            i
-            for i, n in enumerate(body)
-            if (p := edit.assigned(n)) and edit.is_call(p[1], f"self.{attr}")
-        ),
-        None,
-    )
-    if index is None:
-        raise Blocker(
-            f"{facts.cls}.forward does not assign self.{attr}(...) to a name.", facts.line
-        )
-    fused = edit.code(edit.assigned(body[index])[0])
-    call = edit.assigned(body[index])[1]
-    slices: list[tuple[str, str, str]] = []
-    rest: list[edit.Statement] = []
-    helpers: list[edit.Statement] = []
-    for node in body[index + 1 :]:
-        pair = edit.assigned(node)
-        value = pair[1] if pair else None
-        if (
-            isinstance(value, cst.Subscript)
-            and edit.code(value.value) == fused
-            and isinstance(value.slice[-1].slice, cst.Slice)
-        ):
-            part = value.slice[-1].slice
-            slices.append((edit.code(pair[0]), edit.flat(part.lower), edit.flat(part.upper)))
-        elif (
-            len(slices) < 3
-            and pair
-            and isinstance(pair[0], cst.Name)
-            and fused not in edit.names_read(node)
-        ):
-            helpers.append(node)
-        else:
-            rest.append(node)
-    in_order = (
-        len(slices) == 3
-        and not slices[0][1]
-        and slices[0][2] == slices[1][1]
-        and slices[1][2] == slices[2][1]
-        and not slices[2][2]
-    )
-    given = edit.find(cst.Module(rest), lambda n: edit.is_call(n, "self.attn"))
-    roles = [edit.code(a.value) for a in given[0].args] if given else []
-    if (
-        not in_order
-        or roles != [name for name, _, _ in slices]
-        or fused in set().union(*(edit.names_read(r) for r in rest))
-    ):
-        raise Blocker(
-            f"{facts.cls}.forward does not cut {fused} into query, key and value "
-            "one after the other.",
-            facts.qkv.line,
-        )
-    helpers = [
-        h
-        for h in helpers
-        if edit.code(edit.assigned(h)[0]) in set().union(*(edit.names_read(r) for r in rest))
-    ]
-    made = edit.statements(
-        f"qkv, _ = self.qkv_proj({edit.flat(call.args[0].value)})\n{', '.join(roles)} = {_SPLIT}"
-    )
-    return [*body[:index], *made, *helpers, *rest]
 
 
 def _unpack(node: edit.Statement, attr: str) -> edit.Statement:

@@ -203,7 +203,7 @@ def packed_modules(work: Work) -> dict[str, list[str]]:
             work, attention.qkv.attr, ["q_proj", "k_proj", "v_proj"]
         )
     elif attention.qkv is not None:
-        packed["qkv_proj"] = [attention.qkv.attr]
+        packed[attention.qkv.attr] = [attention.qkv.attr]
     elif attention.q and attention.k and attention.v:
         packed["qkv_proj"] = [attention.q.attr, attention.k.attr, attention.v.attr]
     for mlp in facts.mlp:

@@ -23,7 +23,7 @@ def need_roles(work: Work) -> None:
         (facts.causal_lm, f"no class {facts.architecture}"),
         (facts.model, f"no model class inside {facts.architecture}"),
         (facts.layer, "no decoder layer"),
-        (facts.attention, "no attention class"),
+        (facts.attention or facts.recurrent, "no attention class"),
     ):
         if not found:
             reason = next((u for u in facts.unknown if u.about in ("roles", "attention")), None)

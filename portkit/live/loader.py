@@ -97,6 +97,13 @@ def find_target(model: nn.Module, parameters: dict[str, torch.Tensor], name: str
     return None
 
 
+def _renamed(model: nn.Module, parameters: dict[str, torch.Tensor], name: str) -> Target | None:
+    """Return the parameter that the class's own WeightsMapper renames the tensor to."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    new = mapper.map_name(name) if mapper is not None else None
+    return find_target(model, parameters, new) if new and new != name else None
+
+
 def load(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
     """Fill the model's parameters from the checkpoint; return what went where.
 
@@ -110,7 +117,7 @@ def load(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
     left_over: dict[str, tuple[int, ...]] = {}
     twice: list[str] = []
     for name, tensor in read_tensors(checkpoint):
-        target = find_target(model, parameters, name)
+        target = find_target(model, parameters, name) or _renamed(model, parameters, name)
         if target is None:
             if not name.endswith(DERIVED) and not _is_aliased_head(model, parameters, name):
                 left_over[name] = tuple(tensor.shape)

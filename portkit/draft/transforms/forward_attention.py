@@ -28,6 +28,8 @@ _ROPE_FIELDS = {
 def port_attention(work: Work) -> None:
     """Rewrite the attention class; does nothing if it already holds vLLM's Attention."""
     facts = work.facts.attention
+    if facts is None and work.facts.recurrent:
+        return
     if facts is None:
         raise Blocker("no attention class was found in the decoder layer.")
     cls = work.cls(facts.cls)

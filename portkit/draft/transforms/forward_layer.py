@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import libcst as cst
 
+from portkit.analysis.facts import LayerFacts
 from portkit.draft import edit, prune
 from portkit.draft.blocker import Blocker
+from portkit.draft.transforms import recurrent
 from portkit.draft.transforms.forward_attention import (
     _inference_init,
     _layer_index,
@@ -15,8 +17,15 @@ from portkit.draft.work import Work, plain_module, rewrite_init, set_method
 
 
 def port_layer(work: Work) -> None:
-    """Rewrite the decoder layer: the author's residual statements stay as they are."""
-    facts, attention = work.facts.layer, work.facts.attention
+    """Rewrite each class of decoder layer: the author's residual statements stay as they are."""
+    for facts in work.facts.layers:
+        _port_layer(work, facts)
+    recurrent.drop_mixer_classes(work)
+
+
+def _port_layer(work: Work, facts: LayerFacts) -> None:
+    attention = work.facts.attention if facts.attention_attr else None
+    mixers = recurrent.mixers_of(work, facts)
     cls = work.cls(facts.cls)
     forward, init = edit.method(cls, "forward"), edit.method(cls, "__init__")
     if forward is None or init is None:
@@ -24,7 +33,9 @@ def port_layer(work: Work) -> None:
     if "positions" in edit.parameters(forward):
         return
     hidden = edit.parameters(forward)[0]
-    inside = edit.parameters(edit.method(work.cls(attention.cls), "forward"))[1]
+    inside = ""
+    if attention is not None:
+        inside = edit.parameters(edit.method(work.cls(attention.cls), "forward"))[1]
     body = edit.body_of(
         prune.drop_dropout_calls(prune.inference_only(forward), prune.dropout_attributes(cls))
     )
@@ -32,7 +43,9 @@ def port_layer(work: Work) -> None:
         _one_tensor(_call_attention(node, facts.attention_attr, inside, work), hidden)
         for node in body
     ]
-    body = prune.live_body(body)
+    body = prune.live_body(
+        recurrent.nested(body, lambda n: recurrent.call(n, mixers, work, facts.cls))
+    )
     signature = edit.function(
         f"def forward(self, positions: torch.Tensor, {hidden}: torch.Tensor)"
         " -> torch.Tensor:\n    pass"
@@ -41,8 +54,14 @@ def port_layer(work: Work) -> None:
     check_no_leftovers(new, forward, facts.cls, work)
     cls = set_method(cls, new)
     made = {facts.attention_attr: "attention", **{a: "mlp" for a in facts.mlp_attrs}}
-    init_body = [_construct(s, made, work) for s in _inference_init(edit.body_of(init))]
-    cls = rewrite_init(cls, attention_signature(init), init_body, _layer_index(init, init_body))
+    init_body = recurrent.nested(
+        _inference_init(edit.body_of(init)),
+        lambda n: recurrent.construct(work, _construct(n, made, work), mixers),
+    )
+    signature = attention_signature(init)
+    if mixers:
+        signature = recurrent.with_model_config(signature)
+    cls = rewrite_init(cls, signature, init_body, _layer_index(init, init_body))
     work.put(plain_module(cls))
     work.did.append(
         f"{facts.cls}: takes positions and returns one tensor; the residual adds are the author's."
@@ -125,7 +144,8 @@ def _construct(node: edit.Statement, made: dict[str, str], work: Work) -> edit.S
         return node
     attr, call = pair
     name = edit.code(call.func)
-    if work.facts.attention.cls != name and "prefix" not in edit.parameters(
+    attention = work.facts.attention
+    if (attention is None or attention.cls != name) and "prefix" not in edit.parameters(
         edit.method(work.cls(name), "__init__")
     ):
         return node

@@ -6,6 +6,7 @@ import libcst as cst
 
 from portkit.draft import edit, prune
 from portkit.draft.blocker import Blocker
+from portkit.draft.transforms import layer_list
 from portkit.draft.transforms.forward_layer import check_no_leftovers
 from portkit.draft.work import Work, plain_module, rewrite_init, set_members, set_method
 
@@ -20,6 +21,8 @@ def forward(
     pass
 """
 _MASKS = ("create_causal_mask", "create_sliding_window_causal_mask")
+_STATE_MASKS = ("create_recurrent_attention_mask",)
+"""Only zero the padding before a mixer: flat tokens have none."""
 
 
 def port_model(work: Work) -> None:
@@ -44,7 +47,10 @@ config = vllm_config.model_config.hf_config
 cache_config = vllm_config.cache_config
 self.config = config
 """)
-    body = [s for s in (_model_init_line(work, s) for s in edit.body_of(init)) if s is not None]
+    body: list[edit.Statement] = []
+    for node in edit.body_of(init):
+        line = _model_init_line(work, node)
+        body += [*layer_list.chooser(work, node), *([] if line is None else [line])]
     cls = rewrite_init(cls, 'self, *, vllm_config: VllmConfig, prefix: str = ""', body, after_super)
     embedding = facts.embedding
     if embedding is None:
@@ -80,7 +86,7 @@ def _before_forward(cls: cst.ClassDef, new: cst.FunctionDef) -> cst.ClassDef:
 def _check_masks(work: Work, forward: cst.FunctionDef) -> None:
     """Masks must be causal, full or sliding, and agree with what attention is told."""
     names = {n for n in edit.names_read(forward) if n.startswith("create_") and n.endswith("mask")}
-    strange = sorted(names - set(_MASKS))
+    strange = sorted(names - set(_MASKS) - (set(_STATE_MASKS) if work.facts.recurrent else set()))
     if strange:
         raise Blocker(
             f"{work.facts.model}.forward builds a mask by {strange[0]}: "
@@ -153,6 +159,10 @@ def _layer_loop(work: Work, node: cst.For, layer_input: str) -> cst.For:
             )
         ):
             return here.value
+        if isinstance(here, cst.Assign) and edit.is_call(here.value, variable):
+            target = here.targets[0].target
+            if isinstance(target, cst.Tuple):
+                return here.with_changes(targets=[cst.AssignTarget(target.elements[0].value)])
         return None
 
     node = edit.replace(edit.replace(node, change), first)
@@ -224,7 +234,8 @@ def _layers(work: Work, node: edit.Statement, value: cst.BaseExpression) -> edit
         iter(edit.find(value, lambda n: isinstance(n, cst.ListComp | cst.GeneratorExp))), None
     )
     name = work.facts.layer.cls
-    if comprehension is None or not edit.is_call(comprehension.elt, name):
+    chosen = bool(layer_list.chooser(work, node))
+    if comprehension is None or not (chosen or edit.is_call(comprehension.elt, name)):
         raise Blocker(
             f"{work.facts.model}: the layers are not made by one comprehension over {name}(...).",
             work.line_of(f"self.{work.facts.layers_attr} ="),
@@ -238,12 +249,13 @@ def _layers(work: Work, node: edit.Statement, value: cst.BaseExpression) -> edit
     index = edit.code(comprehension.for_in.target)
     kept = [a for a in comprehension.elt.args if edit.code(a.value) != index]
     arguments = [edit.flat(a.with_changes(comma=cst.MaybeSentinel.DEFAULT)) for a in kept]
-    arguments += ["cache_config=cache_config", "prefix=prefix"]
+    arguments += layer_list.more_arguments(work)
+    made = "get_layer" if chosen else f"lambda prefix: {name}({', '.join(arguments)})"
     attr = work.facts.layers_attr
     return edit.statement(f"""
 self.start_layer, self.end_layer, self.{attr} = make_layers(
     {edit.code(count.args[0].value)},
-    lambda prefix: {name}({", ".join(arguments)}),
+    {made},
     prefix=f"{{prefix}}.{attr}",
 )
 """).with_changes(leading_lines=node.leading_lines)

@@ -44,6 +44,8 @@ _OF_THIS_RANK = ("num_heads", "num_kv_heads", "q_size", "kv_size")
 
 def port_attention(work: Work) -> None:
     facts = work.facts.attention
+    if facts is None:
+        return
     cls = work.cls(facts.cls)
     init, forward = edit.method(cls, "__init__"), edit.method(cls, "forward")
     made = {edit.code(n.func) for n in edit.find(init, lambda n: isinstance(n, cst.Call))}

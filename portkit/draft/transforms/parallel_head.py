@@ -198,7 +198,9 @@ def packed_modules(work: Work) -> dict[str, list[str]]:
     facts = work.facts
     packed: dict[str, list[str]] = {}
     attention = facts.attention
-    if attention.qkv is not None and attention.qkv.cls == "QKVParallelLinear":
+    if attention is None:
+        pass
+    elif attention.qkv is not None and attention.qkv.cls == "QKVParallelLinear":
         packed[attention.qkv.attr] = _usual_names(
             work, attention.qkv.attr, ["q_proj", "k_proj", "v_proj"]
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import libcst as cst
 
+from portkit.analysis.facts import LayerFacts
 from portkit.draft import edit
 from portkit.draft.blocker import Blocker
+from portkit.draft.transforms import recurrent
 from portkit.draft.transforms.constructors import add_parameter, pass_argument
 from portkit.draft.work import Work, set_method
 
@@ -13,29 +15,35 @@ _QUANT = "quant_config: QuantizationConfig | None = None"
 
 
 def port_layer(work: Work) -> None:
-    facts = work.facts.layer
+    for facts in work.facts.layers:
+        _port_layer(work, facts)
+
+
+def _port_layer(work: Work, facts: LayerFacts) -> None:
     cls = work.cls(facts.cls)
     init = edit.method(cls, "__init__")
+    every: list[edit.Statement] = []
+    recurrent.nested(edit.body_of(init), lambda n: every.append(n) or [n])
     takes = {}
-    for attr in (facts.attention_attr, *facts.mlp_attrs):
+    for attr in (facts.attention_attr, *facts.mlp_attrs, *facts.recurrent_attrs):
         call = next(
-            (
-                p[1]
-                for s in edit.body_of(init)
-                if (p := edit.assigned_attribute(s)) and p[0] == attr
-            ),
+            (p[1] for s in every if (p := edit.assigned_attribute(s)) and p[0] == attr),
             None,
         )
-        if isinstance(call, cst.Call):
+        if edit.is_call(call, *recurrent.WITH_QUANTISATION):
+            takes[attr] = call
+        elif isinstance(call, cst.Call) and not edit.is_call(call, *recurrent.INTO_OUTPUT):
             made = edit.method(work.cls(edit.code(call.func)), "__init__")
             if "quant_config" in edit.parameters(made):
                 takes[attr] = call
-    body = []
-    for node in edit.body_of(init):
+
+    def passed(node: edit.Statement) -> list[edit.Statement]:
         attr = (edit.assigned_attribute(node) or ("",))[0]
-        body.append(
-            pass_argument(node, takes[attr], "quant_config=quant_config") if attr in takes else node
-        )
+        if attr not in takes:
+            return [node]
+        return [pass_argument(node, takes[attr], "quant_config=quant_config")]
+
+    body = recurrent.nested(edit.body_of(init), passed)
     new = add_parameter(edit.with_body(init, body), _QUANT)
     if edit.code(new) != edit.code(init):
         work.put(set_method(cls, new))
@@ -77,6 +85,9 @@ def port_model(work: Work) -> None:
         elif edit.find(node, lambda n: edit.is_call(n, "make_layers")):
             call = edit.find(node, lambda n: edit.is_call(n, facts.layer.cls))
             body.append(pass_argument(node, call[0], "quant_config=quant_config") if call else node)
+        elif isinstance(node, cst.FunctionDef):
+            calls = edit.find(node, lambda n: edit.is_call(n) and "cache_config=" in edit.code(n))
+            body.append(pass_argument(node, calls[-1], "quant_config=quant_config"))
         else:
             body.append(node)
     body.append(

@@ -15,7 +15,10 @@ from portkit.draft.outcome import DraftOutcome
 from portkit.draft.transforms.forward_attention import port_attention
 from portkit.draft.transforms.forward_layer import port_layer, port_mlp
 from portkit.draft.transforms.forward_model import port_causal_lm, port_model
+from portkit.draft.transforms.layer_list import unroll
 from portkit.draft.transforms.norms import port_norms
+from portkit.draft.transforms.recurrent import refuse_unknown
+from portkit.draft.transforms.recurrent_interface import declare_state
 from portkit.draft.work import Work
 from portkit.port import Port
 
@@ -27,12 +30,15 @@ def draft_source(source: str, architecture: str) -> Work:
     source_draft.need_roles(work)
     if facts.state != "copy":
         return work
+    refuse_unknown(work)
+    unroll(work)
     port_attention(work)
     for name in dict.fromkeys(m.cls for m in facts.mlp):
         port_mlp(work, name)
     port_layer(work)
     port_model(work)
     port_causal_lm(work)
+    declare_state(work)
     port_norms(work)
     work.module = cst.parse_module(finish(work))
     return work

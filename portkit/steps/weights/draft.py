@@ -52,8 +52,13 @@ def draft_source(source: str, architecture: str) -> Work:
         )
         members = edit.members(cls)
         at = 1 if members and edit.is_docstring(members[0]) else 0
-        if "hf_to_vllm_mapper" not in edit.code(cls):
+        old = next((m for m in members if _mapper(m) is not None), None)
+        if old is None:
             cls = set_members(cls, [*members[:at], made, *members[at:]])
+        elif "orig_to_new_stacked" not in edit.code(old):
+            both = _with_stacked(old, made)
+            cls = set_members(cls, [both if m is old else m for m in members])
+    if stacked or any(_mapper(m) is not None for m in edit.members(cls)):
         mapper = ", mapper=self.hf_to_vllm_mapper"
     cls = set_method(cls, edit.function(_LOAD.format(mapper=mapper)))
     work.put(cls)
@@ -67,6 +72,22 @@ def draft_source(source: str, architecture: str) -> Work:
         )
     work.module = cst.parse_module(finish(work))
     return work
+
+
+def _mapper(node: edit.Statement) -> cst.Call | None:
+    pair = edit.assigned(node)
+    if pair and edit.code(pair[0]) == "hf_to_vllm_mapper" and isinstance(pair[1], cst.Call):
+        return pair[1]
+    return None
+
+
+def _with_stacked(old: edit.Statement, made: edit.Statement) -> edit.Statement:
+    """The class's own WeightsMapper (renamed parameters) with the fused names as well."""
+    call, more = _mapper(old), _mapper(made)
+    both = call.with_changes(
+        args=[*call.args[:-1], call.args[-1].with_changes(comma=cst.Comma()), *more.args]
+    )
+    return edit.replace(old, lambda n: both if n is call else None)
 
 
 def stacked_mapping(work: Work) -> list[tuple[str, str, str | int]]:

@@ -1,0 +1,182 @@
+"""Step forward, mixers that keep a state: vLLM's layer in the decoder layer, and its call.
+
+vLLM's Mamba and short-convolution layers take flat tokens and find their state by their prefix, so
+the mixer's own class goes; what it computed is in the arguments (see analysis/recurrent.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import libcst as cst
+
+from portkit.analysis.classes import view_module
+from portkit.analysis.facts import LayerFacts
+from portkit.analysis.making import made_by
+from portkit.analysis.recurrent import VLLM_LAYERS, RecurrentFacts
+from portkit.draft import edit
+from portkit.draft.blocker import Blocker
+from portkit.draft.work import Work
+
+INTO_OUTPUT = ("MambaMixer", "ShortConv")
+"""Layers that write into a tensor they are given; the others return one."""
+WITH_QUANTISATION = ("MambaMixer2", "ShortConv")
+_LINE = 70
+
+
+def refuse_unknown(work: Work) -> None:
+    """Stop if a mixer is not one that a layer of vLLM computes."""
+    for mixer in work.facts.recurrent:
+        if not mixer.layer:
+            raise Blocker(
+                f"{mixer.why}.", mixer.line, f"A person would start from vLLM's {mixer.start}."
+            )
+
+
+def mixers_of(work: Work, layer: LayerFacts) -> dict[str, RecurrentFacts]:
+    """Attribute -> mixer of one class of decoder layer."""
+    view = view_module(work.module.code)
+    found = {}
+    for attr in layer.recurrent_attrs:
+        item = view.classes[layer.cls].get(attr)
+        for made in made_by(view, view.classes[layer.cls], item.value) if item else ():
+            mixer = work.facts.recurrent_class(made.name)
+            if mixer is not None:
+                found[attr] = mixer
+    return found
+
+
+def drop_mixer_classes(work: Work) -> None:
+    """The mixers' own classes go: one may bear the very name of vLLM's layer."""
+    gone = {m.cls for m in work.facts.recurrent if m.cls not in VLLM_LAYERS or m.line}
+    work.module = work.module.with_changes(
+        body=[
+            i
+            for i in work.module.body
+            if not (isinstance(i, cst.ClassDef) and i.name.value in gone)
+        ]
+    )
+
+
+def nested(
+    body: Iterable[edit.Statement], change: Callable[[edit.Statement], list[edit.Statement]]
+) -> list[edit.Statement]:
+    """Replace statements one by one, inside `if` and `else`, too."""
+    new: list[edit.Statement] = []
+    for node in body:
+        if isinstance(node, cst.If):
+            orelse = node.orelse
+            if isinstance(orelse, cst.If):
+                orelse = nested([orelse], change)[0]
+            elif isinstance(orelse, cst.Else):
+                orelse = edit.with_body(orelse, nested(edit.body_of(orelse), change))
+            inner = nested(edit.body_of(node), change)
+            new.append(edit.with_body(node, inner).with_changes(orelse=orelse))
+        else:
+            new += change(node)
+    return new
+
+
+# ---- construction -------------------------------------------------------------------------------
+
+
+def construct(
+    work: Work, node: edit.Statement, mixers: dict[str, RecurrentFacts]
+) -> list[edit.Statement]:
+    """self.mamba = TheirMixer(config, layer_idx) -> guards and vLLM's layer."""
+    pair = edit.assigned_attribute(node)
+    if pair is None or pair[0] not in mixers or not isinstance(pair[1], cst.Call):
+        return [node]
+    attr, mixer = pair[0], mixers[pair[0]]
+    arguments = [f"{name}={value}" for name, value in mixer.arguments]
+    if len(mixer.arguments) == 3 and mixer.arguments[0] == ("config", "config"):
+        arguments[0] = "config"
+    arguments += ["model_config=model_config", "cache_config=cache_config"]
+    arguments.append(f'prefix=f"{{prefix}}.{attr}"')
+    made = edit.statement(
+        f"self.{attr} = {mixer.layer}(\n    " + ",\n    ".join(arguments) + ",\n)"
+    )
+    made = edit.comment_before(
+        made.with_changes(leading_lines=node.leading_lines),
+        "vLLM keeps this layer's state by its prefix: it must be unique.",
+    )
+    body = [*_guards(mixer), made]
+    if mixer.whole_norm:
+        values = dict(mixer.arguments)
+        body.append(
+            edit.comment_before(
+                edit.statement(
+                    f"self.{attr}.norm = Mixer2RMSNormGated(\n"
+                    f"    {values['intermediate_size']}, 1, eps={mixer.whole_norm}\n)"
+                ),
+                "All channels are normed together; MambaMixer2 would norm each group of them.",
+            )
+        )
+    return body
+
+
+def _guards(mixer: RecurrentFacts) -> list[edit.Statement]:
+    """Refuse a config with which vLLM's layer would compute something else."""
+    return [
+        edit.statement(f"if {condition}:\n    raise ValueError({_quoted(message + '.')})")
+        for condition, message in mixer.guards
+    ]
+
+
+def _quoted(message: str) -> str:
+    return '"' + message.replace('"', "'") + '"'
+
+
+# ---- the call -----------------------------------------------------------------------------------
+
+
+def call(
+    node: edit.Statement, mixers: dict[str, RecurrentFacts], work: Work, name: str
+) -> list[edit.Statement]:
+    """x = self.mamba(hidden_states=y, cache_params=..., ...) -> what vLLM's layer takes."""
+    calls = [
+        c
+        for c in edit.find(node, lambda n: isinstance(n, cst.Call))
+        if edit.code(c.func).removeprefix("self.") in mixers
+        and edit.code(c.func).startswith("self.")
+    ]
+    if not calls:
+        return [node]
+    (made,) = calls
+    attr = edit.code(made.func).removeprefix("self.")
+    mixer = mixers[attr]
+    pair = edit.assigned(node)
+    target = pair[0] if pair else None
+    if isinstance(target, cst.Tuple):
+        target = target.elements[0].value
+    given = edit.call_argument(made, 0, "hidden_states")
+    if given is None:
+        given = made.args[0].value if made.args else None
+    if pair is None or pair[1] is not made or not isinstance(target, cst.Name) or given is None:
+        raise Blocker(
+            f"{name}.forward does not assign what self.{attr}(...) returns: "
+            f"cannot follow `{edit.flat(node)}`.",
+            work.line_of(f"self.{attr}("),
+        )
+    value = edit.flat(given)
+    if mixer.in_scale:
+        value = f"{value} * {mixer.in_scale.replace('config.', 'self.config.')}"
+    if mixer.layer not in INTO_OUTPUT:
+        new = edit.statement(f"{target.value} = self.{attr}({value})")
+        return [new.with_changes(leading_lines=node.leading_lines)]
+    body: list[edit.Statement] = []
+    if not isinstance(given, cst.Name):
+        body.append(edit.statement(f"mixer_input = {value}"))
+        value = "mixer_input"
+    output = target.value if target.value != value else "mixer_output"
+    body += edit.statements(f"{output} = torch.empty_like({value})\nself.{attr}({value}, {output})")
+    if output != target.value:
+        body.append(edit.statement(f"{target.value} = {output}"))
+    body[0] = body[0].with_changes(leading_lines=node.leading_lines)
+    return body
+
+
+def with_model_config(signature: str) -> str:
+    """Add the parameter that vLLM's state layers need, before cache_config."""
+    extra = "model_config: ModelConfig | None = None, "
+    return signature.replace("cache_config:", extra + "cache_config:", 1)

@@ -275,6 +275,7 @@ def _bound_in(node: cst.FunctionDef | cst.Lambda) -> set[str]:
     every = [*node.params.posonly_params, *node.params.params, *node.params.kwonly_params]
     every += [s for s in (node.params.star_kwarg, node.params.star_arg) if isinstance(s, cst.Param)]
     bound = {p.name.value for p in every}
+    bound |= {f.name.value for f in edit.find(node.body, lambda n: isinstance(n, cst.FunctionDef))}
     for target in edit.find(
         node,
         lambda n: isinstance(

@@ -68,6 +68,8 @@ def _live_one(node: edit.Statement, live: set[str]) -> tuple[edit.Statement | No
 
 
 def _live_if(node: cst.If, live: set[str]) -> tuple[edit.Statement | None, set[str]]:
+    if edit.code(node.test) == "not return_dict":  # a tuple for callers that ask for one
+        return None, live
     body, live_body_names = _live(edit.body_of(node), live)
     orelse = node.orelse
     live_else = set(live)

@@ -12,6 +12,7 @@ from portkit.analysis.facts import facts_of
 from portkit.draft import source_draft
 from portkit.draft.finish import finish
 from portkit.draft.outcome import DraftOutcome
+from portkit.draft.transforms.class_alias import write_out
 from portkit.draft.transforms.forward_attention import port_attention
 from portkit.draft.transforms.forward_layer import port_layer, port_mlp
 from portkit.draft.transforms.forward_model import port_causal_lm, port_model
@@ -32,6 +33,7 @@ def draft_source(source: str, architecture: str) -> Work:
         return work
     refuse_unknown(work)
     unroll(work)
+    write_out(work)
     port_attention(work)
     for name in dict.fromkeys(m.cls for m in facts.mlp):
         port_mlp(work, name)

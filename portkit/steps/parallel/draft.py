@@ -52,7 +52,7 @@ def _refuse_own_parameters(work: Work) -> None:
     attention = work.facts.attention
     for view in view_module(work.module.code).classes.values():
         own: set[str] = set()
-        if view.name == attention.cls:
+        if attention is not None and view.name == attention.cls:
             own = {*head_parameters(attention, view), *whole_parameters(attention, view)}
         for item in view.assigned:
             if (

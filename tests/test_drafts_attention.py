@@ -6,12 +6,15 @@ from test_drafts import STEPS, copied, drafted, states
 from portkit.lint.engine import lint_source
 from portkit.lint.registry import rules_of
 
-MODELS = ("olmo", "cohere", "bitnet", "ministral3")
+MODELS = ("olmo", "cohere", "ministral3", "diffllama")
 WRITTEN = [
     ("olmo", "forward", "query_states = query_states.clamp("),
     ("cohere", "weights", "hidden_size=(self.num_heads, self.head_dim)"),
     ("cohere", "weights", "set_weight_attrs(self.q_norm.weight"),
     ("cohere", "weights", "load_own_heads, copies=self.num_kv_head_copies"),
+    ("diffllama", "forward", "value_states1 = value_states1.repeat(1, 2)"),
+    ("diffllama", "forward", 'prefix=f"{prefix}.attn_2"'),
+    ("diffllama", "weights", "self.o_proj = ReplicatedLinear("),
     ("bitnet", "weights", "self.attn_sub_norm, attn_output, 1\n"),
     ("ministral3", "forward", "return scaling[:, None]\n"),
     ("ministral3", "forward", "query_states * get_llama_4_attn_scale(\n            positions,"),

@@ -315,7 +315,8 @@ def _state(
             return "parallel"
         return "forward" if ported else "copy"
     called = {call_name(n) for n in ast.walk(attention.init)}
-    if "QKVParallelLinear" in called and "ParallelLMHead" in text(lm.node):
+    ours = {"QKVParallelLinear", "ReplicatedLinear"} & called
+    if ours and "ParallelLMHead" in text(lm.node):
         return "parallel"
     return "forward" if "Attention" in called and ported else "copy"
 

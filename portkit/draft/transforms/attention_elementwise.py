@@ -99,7 +99,7 @@ def _added_axes(function: cst.FunctionDef | None) -> str:
 def combined(node: cst.BinaryOperation, left: Value, right: Value, head_dim: str) -> Value | None:
     """Two tensors that are combined element by element; None if their shapes do not say how."""
     new = node.with_changes(left=_grouped(left.node), right=_grouped(right.node))
-    if left.layout == right.layout:
+    if (left.layout, left.dim) == (right.layout, right.dim):
         return replace(left, node=new)
     for token, other in ((left, right), (right, left)):
         if token.layout == "per_token" and token.base == other.layout:

@@ -16,6 +16,7 @@ from portkit.draft.transforms.attention_elementwise import (
     function_name,
     of_positions,
 )
+from portkit.draft.transforms.attention_heads import chunked, joined, repeated, width
 from portkit.draft.transforms.attention_values import (
     ELEMENTWISE,
     ERASED,
@@ -23,6 +24,7 @@ from portkit.draft.transforms.attention_values import (
     KNOWN_KEYWORDS,
     Layout,
     Value,
+    attention_name,
 )
 
 
@@ -56,7 +58,7 @@ class AttentionExpressions:
         )
         self.keywords: dict[str, cst.BaseExpression] = {}
         self.rotary_used = False
-        self.attended = False
+        self.calls = 0
 
     def _attend(self, call: cst.Call, env: dict[str, Value]) -> Value:
         plain = [a.value for a in call.args if a.keyword is None and not a.star]
@@ -75,16 +77,22 @@ class AttentionExpressions:
                 continue
             name = argument.keyword.value
             if name in KNOWN_KEYWORDS:
-                self.keywords[name] = argument.value
+                first = self.keywords.setdefault(name, argument.value)
+                if edit.code(first) != edit.code(argument.value):
+                    raise self._stop(f"attends with different {name}=", call)
             elif name not in IGNORED_KEYWORDS and edit.code(argument.value) != "None":
                 raise self._stop(
                     f"passes {name}= to attention, which this draft does not know", call
                 )
-        self.attended = True
+        self.calls += 1
+        attend = attention_name(self.calls)
         inputs = ", ".join(edit.code(t.node) for t in tensors)
         return Value(
             "several",
-            parts=(Value("tensor", edit.expression(f"self.attn({inputs})"), "seq_heads"), ERASED),
+            parts=(
+                Value("tensor", edit.expression(f"self.{attend}({inputs})"), "seq_heads"),
+                ERASED,
+            ),
         )
 
     def _value(self, node: cst.BaseExpression, env: dict[str, Value]) -> Value:
@@ -164,6 +172,14 @@ class AttentionExpressions:
             return self._attend(node, env)
         if name in ("torch.cat", "torch.concat"):
             return self._cat(node, plain, env)
+        if name in ("torch.chunk", "torch.split") and plain:
+            inner = self._value(plain[0], env)
+            axis = edit.call_argument(node, 2, "dim")
+            made = None
+            if inner.kind == "tensor" and name == "torch.chunk" and axis is not None:
+                made = chunked(inner, plain[1], edit.code(axis), self.head_dim)
+            if made is not None:
+                return made
         if name in ("nn.functional.dropout", "F.dropout", "torch.nn.functional.dropout"):
             return self._value(plain[0], env)
         if function_name(node) in FUNCTIONS and plain:
@@ -205,10 +221,9 @@ class AttentionExpressions:
         if attr in self.norms:
             if inner.layout == "flat":
                 return Value("tensor", edit.expression(f"self.{attr}({edit.code(inner.node)})"))
-            split = f"{edit.code(inner.node)}.unflatten(-1, (-1, {self.head_dim}))"
-            return Value(
-                "tensor", edit.expression(f"self.{attr}({split}).flatten(-2)"), inner.layout
-            )
+            dim = width(inner, self.head_dim)
+            split = f"{edit.code(inner.node)}.unflatten(-1, (-1, {dim}))"
+            return replace(inner, node=edit.expression(f"self.{attr}({split}).flatten(-2)"))
         raise self._stop(f"does not know what self.{attr} does to queries and keys", node)
 
     def _method(self, node: cst.Call, method: str, owner: Value, env: dict[str, Value]) -> Value:
@@ -226,7 +241,14 @@ class AttentionExpressions:
         if method == "unsqueeze" and owner.layout == "flat" and edit.flat(node.args[0]) == "-1":
             return replace(owner, layout="per_head")
         if method in ("view", "reshape"):
-            return replace(owner, layout=self._viewed(node, owner, env))
+            return self._viewed(node, owner, env)
+        if method == "repeat" and (made := repeated(owner, node)) is not None:
+            return made
+        if method == "chunk" and owner.layout != "flat":
+            axis = edit.call_argument(node, 1, "dim")
+            made = axis and chunked(owner, node.args[0].value, edit.code(axis), self.head_dim)
+            if made:
+                return made
         if method in ("split", "chunk") and owner.layout == "flat":
             dimension = edit.call_argument(node, 1, "dim")
             if dimension is not None and edit.code(dimension) in ("-1", "2"):
@@ -246,7 +268,7 @@ class AttentionExpressions:
             return replace(owner, node=node.with_changes(func=func))
         raise self._stop(f"cannot follow `.{method}(...)` in `{edit.flat(node)}`", node)
 
-    def _viewed(self, node: cst.Call, owner: Value, env: dict[str, Value]) -> Layout:
+    def _viewed(self, node: cst.Call, owner: Value, env: dict[str, Value]) -> Value:
         """How many axes the new shape has after batch and sequence: one (flat) or two (heads)."""
         if len(node.args) == 1 and not node.args[0].star:
             shape = node.args[0].value
@@ -272,9 +294,12 @@ class AttentionExpressions:
                 f"views heads that are still in front of the sequence in `{edit.flat(node)}`", node
             )
         if rest == 1:
-            return "flat"
+            return replace(owner, layout="flat", dim="")
         if rest == 2:
-            return "seq_heads"
+            dim = edit.flat(items[-1][0])
+            return replace(
+                owner, layout="seq_heads", dim="" if dim in ("-1", self.head_dim) else dim
+            )
         raise self._stop(f"does not know the shape in `{edit.flat(node)}`", node)
 
     def _shape_items(self, arguments, env: dict[str, Value]):
@@ -306,6 +331,11 @@ class AttentionExpressions:
                 return Value("tensor", cst.Name(turned.base), turned.layout)
         if parts and all(p.kind in ("erased", "shape") for p in parts):
             return ERASED
+        axis = edit.call_argument(node, 1, "dim")
+        if parts and axis is not None:
+            made = joined(parts, edit.code(axis), self.head_dim)
+            if made is not None:
+                return made
         raise self._stop(f"cannot follow `{edit.flat(node)}`", node)
 
     # ---- helpers ----------------------------------------------------------------------------

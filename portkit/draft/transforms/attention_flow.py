@@ -36,9 +36,10 @@ class AttentionFlow(AttentionExpressions):
             env["position_ids"] = Value("positions", cst.Name("positions"))
         env["self"] = Value("plain", cst.Name("self"))
         body = self._block(edit.body_of(forward), env)
-        if not self.attended:
+        if not self.calls:
             raise Blocker(f"{self.cls}.forward never calls the attention.", self.first_line)
-        return FlowResult(body, self.keywords, self.rotary_used, frozenset(self.of_positions))
+        of_positions = frozenset(self.of_positions)
+        return FlowResult(body, self.keywords, self.rotary_used, self.calls, of_positions)
 
     # ---- statements -------------------------------------------------------------------------
 
@@ -124,6 +125,8 @@ class AttentionFlow(AttentionExpressions):
             call = self._rotary_call(value, env)
             if call is not None:
                 return self._rotate(node, names, call, env)
+            if isinstance(value, cst.GeneratorExp):
+                return self._each(node, names, value, env)
             got = self._value(value, env)
             if got.kind in ("erased", "shape"):
                 env.update({name: got for name in names})
@@ -135,7 +138,7 @@ class AttentionFlow(AttentionExpressions):
         got = self._value(value, env)
         if got.kind == "tensor":
             new = node.with_changes(body=[cst.Assign([cst.AssignTarget(cst.Name(name))], got.node)])
-            env[name] = Value("tensor", cst.Name(name), got.layout)
+            env[name] = replace(got, node=cst.Name(name))
             return [] if edit.code(got.node) == name else [new]
         env[name] = got
         if got.kind == "plain":
@@ -144,6 +147,22 @@ class AttentionFlow(AttentionExpressions):
         if got.kind in ("erased", "shape", "part"):
             return []
         raise self._stop(f"cannot follow `{edit.flat(node)}`", node)
+
+    def _each(self, node, names, value: cst.GeneratorExp, env) -> list[edit.Statement]:
+        """a, b = (f(x) for x in parts): the parts by name, then f of each."""
+        over = value.for_in
+        parts = self._value(over.iter, env)
+        if parts.kind != "several" or len(parts.parts) != len(names) or over.ifs:
+            raise self._stop(f"cannot follow `{edit.flat(node)}`", node)
+        out = self._bind_several(node, names, parts, env)
+        for name in names:
+            inner = {**env, edit.code(over.target): env[name]}
+            made = self._value(value.elt, inner)
+            if made.kind != "tensor":
+                raise self._stop(f"cannot follow `{edit.flat(node)}`", node)
+            out.append(edit.statement(f"{name} = {edit.code(made.node)}"))
+            env[name] = replace(made, node=cst.Name(name))
+        return out
 
     def _bind_several(self, node, names, got, env) -> list[edit.Statement]:
         kept = [(n, p) for n, p in zip(names, got.parts, strict=False)]

@@ -29,6 +29,8 @@ class Value:
     side: Literal["", "rotated", "rest"] = ""
     bound: str = ""
     turned: bool = False
+    dim: str = ""
+    """Size of one head, where it is not the class's head dimension."""
 
 
 ERASED = Value("erased")
@@ -42,8 +44,15 @@ class FlowResult:
     keywords: dict[str, cst.BaseExpression]
     """Keyword arguments of the original attention call that vLLM's Attention takes in __init__."""
     rotary_used: bool
+    calls: int = 1
+    """How often forward attends: each call needs a KV cache of its own."""
     of_positions: frozenset[str] = frozenset()
     """Functions of the file that are called with positions, now [num_tokens]."""
+
+
+def attention_name(number: int) -> str:
+    """The attribute of the first, second, ... Attention of a class."""
+    return "attn" if number == 1 else f"attn_{number}"
 
 
 ELEMENTWISE = (

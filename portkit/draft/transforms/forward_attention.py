@@ -13,7 +13,9 @@ from portkit.draft import edit, prune
 from portkit.draft.blocker import Blocker
 from portkit.draft.transforms.attention_elementwise import flat_positions
 from portkit.draft.transforms.attention_flow import AttentionFlow
+from portkit.draft.transforms.attention_values import attention_name
 from portkit.draft.transforms.fused_qkv import cut_flat
+from portkit.draft.transforms.masked_windows import window_of_masks
 from portkit.draft.work import Work, plain_module, rewrite_init, set_method
 
 _ROPE_FIELDS = {
@@ -85,7 +87,12 @@ def port_attention(work: Work) -> None:
     made: list[edit.Statement] = []
     if flow.rotary_used:
         made.append(edit.blank_before(_rope(work, view)))
-    made.append(_attention(work, view, flow.keywords))
+    keywords = dict(flow.keywords)
+    if "sliding_window" not in keywords and (window := window_of_masks(work)):
+        keywords["sliding_window"] = edit.expression(window)
+        work.did.append(f"{facts.cls}: the window that the masks had goes to vLLM's Attention.")
+    for number in range(1, flow.calls + 1):
+        made.append(_attention(work, view, keywords, attention_name(number)))
     if len(made) == 1:
         made = [edit.blank_before(made[0])]
     body = [*_inference_init(edit.body_of(init)), *made]
@@ -202,7 +209,9 @@ self.rotary_emb = get_rope(
     )
 
 
-def _attention(work: Work, view, keywords: dict[str, cst.BaseExpression]) -> edit.Statement:
+def _attention(
+    work: Work, view, keywords: dict[str, cst.BaseExpression], attr: str
+) -> edit.Statement:
     facts = work.facts.attention
 
     def short(resolved: str) -> str:
@@ -234,8 +243,8 @@ def _attention(work: Work, view, keywords: dict[str, cst.BaseExpression]) -> edi
         arguments.append(f"per_layer_sliding_window={here(keywords['sliding_window'])}")
     if "s_aux" in keywords:
         arguments.append(f"sinks={here(keywords['s_aux'])}")
-    arguments.append('prefix=f"{prefix}.attn"')
-    made = edit.statement("self.attn = Attention(\n    " + ",\n    ".join(arguments) + ",\n)")
+    arguments.append(f'prefix=f"{{prefix}}.{attr}"')
+    made = edit.statement(f"self.{attr} = Attention(\n    " + ",\n    ".join(arguments) + ",\n)")
     made = edit.comment_before(made, "The prefix names this layer's KV cache: it must be unique.")
     causal = view.get("is_causal")
     if causal is not None and text(causal.value) != "True":

@@ -14,6 +14,7 @@ from portkit.draft.transforms.constructors import add_parameter, linear_statemen
 from portkit.draft.transforms.fused_qkv import add_loader, loader_statements
 from portkit.draft.transforms.parallel_flow import add_norm_helper, rewrite_forward
 from portkit.draft.transforms.parallel_parts import gate_statement, norms_of_own_heads, own_parts
+from portkit.draft.transforms.parallel_whole import mixes_heads, port_whole_attention
 from portkit.draft.work import Work, set_method
 
 _HEADS = """
@@ -49,7 +50,7 @@ def port_attention(work: Work) -> None:
     cls = work.cls(facts.cls)
     init, forward = edit.method(cls, "__init__"), edit.method(cls, "forward")
     made = {edit.code(n.func) for n in edit.find(init, lambda n: isinstance(n, cst.Call))}
-    if "QKVParallelLinear" in made and "nn.Linear" not in made:
+    if made & {"QKVParallelLinear", "ReplicatedLinear"} and "nn.Linear" not in made:
         return
     if "QKVParallelLinear" in made:
         raise Blocker(
@@ -61,6 +62,10 @@ def port_attention(work: Work) -> None:
         raise Blocker(
             f"{facts.cls}: cannot tell which linear is the output projection.", facts.line
         )
+    why = mixes_heads(facts, cls)
+    if why:
+        port_whole_attention(work, facts, why)
+        return
     view = view_module(work.module.code).classes[facts.cls]
     if facts.qkv is not None:
         first, fused_bias = facts.qkv, facts.qkv.bias

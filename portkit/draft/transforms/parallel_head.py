@@ -206,7 +206,7 @@ def packed_modules(work: Work) -> dict[str, list[str]]:
         )
     elif attention.qkv is not None:
         packed[attention.qkv.attr] = [attention.qkv.attr]
-    elif attention.q and attention.k and attention.v:
+    elif attention.q and attention.k and attention.v and _fuses(work):
         packed["qkv_proj"] = [attention.q.attr, attention.k.attr, attention.v.attr]
     for mlp in facts.mlp:
         if mlp.kind == "gated":
@@ -222,6 +222,11 @@ def packed_modules(work: Work) -> dict[str, list[str]]:
             ):
                 packed[pair[0]] = _usual_names(work, pair[0], ["gate_proj", "up_proj"])
     return packed
+
+
+def _fuses(work: Work) -> bool:
+    """Did the draft fuse the attention's projections?"""
+    return "QKVParallelLinear" in edit.code(work.cls(work.facts.attention.cls))
 
 
 def _usual_names(work: Work, fused: str, names: list[str]) -> list[str]:

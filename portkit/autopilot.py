@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from portkit.adopt import adopted
 from portkit.checks.runner import checks_of, pass_if_complete, run_checks
 from portkit.checks.verdict import Verdict
 from portkit.curriculum import Step, steps
@@ -49,6 +50,9 @@ class Ended:
 
 DRAFT_MESSAGE = "draft of step {}"
 """Message of the commit that applies a step's draft (portkit/draft/pipeline.py)."""
+
+WRITE_CODE = ("copy", "forward", "parallel", "weights")
+"""The steps whose drafts write the modeling file."""
 
 Event = Drafted | Checked | Ended
 
@@ -114,7 +118,10 @@ def has_draft(step_id: str) -> bool:
 
 
 def reached(port: Port) -> tuple[str, ...]:
-    """Return the ids of the steps that passed, or whose draft is applied and not undone."""
+    """Return the ids of the steps that passed, or whose draft is applied and not undone.
+
+    Of an adopted port, the steps that write the model's code too: a draft would replace it.
+    """
     log = port.git(
         "log",
         "--author=portkit@localhost",
@@ -123,7 +130,7 @@ def reached(port: Port) -> tuple[str, ...]:
     rows = [line.split("\t", 2) for line in log.splitlines()]
     undone = {row[1] for row in rows}
     applied = {row[2] for row in rows if row[0] not in undone}
-    passed = port.steps_passed()
+    passed = {*port.steps_passed(), *(WRITE_CODE if adopted(port) else ())}
     return tuple(
         s.id for s in steps() if s.id in passed or f"apply: {DRAFT_MESSAGE.format(s.id)}" in applied
     )

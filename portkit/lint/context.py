@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 
+from portkit.adopt import adopted
 from portkit.errors import PortkitError
 from portkit.lint.finding import PortContext
 from portkit.lint.original import original_facts
 from portkit.port import Port
+from portkit.steps.copy.draft import original_of
 
 
 def port_context(port: Port) -> PortContext:
@@ -31,7 +33,15 @@ def port_context(port: Port) -> PortContext:
 
 
 def original_source(port: Port) -> str:
-    """The modeling file as it was first committed: the copied code; "" before step 1."""
+    """The modeling file as it was first committed: the copied code; "" before step 1.
+
+    Of an adopted port, the file of Transformers that it should do the same as.
+    """
+    if adopted(port):
+        try:
+            return original_of(port).text
+        except PortkitError:
+            return ""
     path = port.modeling.relative_to(port.root).as_posix()
     try:
         commits = port.git("log", "--diff-filter=A", "--format=%H", "--", path).split()

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "adopt": "portkit.adopt",
+    "diagnose": "portkit.diagnosis.run",
     "begin": "portkit.notebook",
     "Session": "portkit.notebook",
     "new_port": "portkit.create",
@@ -31,8 +33,10 @@ __all__ = [
     "Port",
     "PortkitError",
     "Session",
+    "adopt",
     "apply_draft",
     "begin",
+    "diagnose",
     "draft_step",
     "find_port",
     "findings",
@@ -44,9 +48,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from portkit.adopt import adopt
     from portkit.autopilot import walk
     from portkit.checks.runner import run_checks
     from portkit.create import new_port
+    from portkit.diagnosis.run import diagnose
     from portkit.draft.pipeline import apply_draft, draft_step
     from portkit.errors import PortkitError
     from portkit.lint.engine import findings, fix

@@ -204,7 +204,8 @@ class _Imports:
         if parts[:1] == ["vllm"] and (place.is_dir() or place.with_suffix(".py").is_file()):
             return ".".join(parts), None
         raise PortkitError(
-            f"{self.file.name} imports {'.' * level}{name}: neither beside it nor in vLLM's models.",
+            f"{self.file.name} imports {'.' * level}{name}: neither beside it nor in "
+            f"vLLM's models.",
             str(self.file),
             f"Put {head or name}.py into the folder of {self.file.name}, or write the import "
             f"absolutely.",

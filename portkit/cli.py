@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from portkit import cli_diagnose
 from portkit.edge import FAILED, Edge
 
 app = typer.Typer(
@@ -161,6 +162,10 @@ def show(
 
     opened = _find(port)
     _print(code_of(opened, step_of(step) if step else next_step(opened), symbol))
+
+
+app.command()(cli_diagnose.adopt)
+app.command()(cli_diagnose.diagnose)
 
 
 # ---- working ------------------------------------------------------------------------------------

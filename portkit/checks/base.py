@@ -23,6 +23,8 @@ class CheckContext:
     port: Port
     live: Live
     progress: Callable[[str], None] = field(default=lambda text: None)
+    loader: str = ""
+    """Who fills the weights, "portkit" or "port"; empty for what the check's step usually takes."""
 
 
 class Check(ABC):

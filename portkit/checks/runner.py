@@ -94,7 +94,7 @@ def run_checks(
             verdict = check().skipped(f"needs {_names(unmet)}, which did not pass")
         else:
             say(check.title)
-            verdict = _run_one(check, port, say)
+            verdict = run_one(check, port, say)
         passed[check.id] = verdict.status == "passed"
         unsaved = None
         try:
@@ -144,7 +144,8 @@ def _met_elsewhere(port: Port, check_id: str) -> bool:
     return saved is not None and saved.verdict.status == "passed"
 
 
-def _run_one(check: type[Check], port: Port, say: Progress) -> Verdict:
+def run_one(check: type[Check], port: Port, say: Progress, loader: str = "") -> Verdict:
+    """Run one check to a verdict, whatever happens in it; `loader` as in CheckContext."""
     from portkit.live.client import live_for
 
     started = time.monotonic()
@@ -152,7 +153,7 @@ def _run_one(check: type[Check], port: Port, say: Progress) -> Verdict:
     if check.step != steps()[0].id and (error := _unreadable(port)):  # no worker is needed
         return instance.failed(**error.to_dict(), judged=False)
     try:
-        verdict = instance.run(CheckContext(port=port, live=live_for(port), progress=say))
+        verdict = instance.run(CheckContext(port, live_for(port), say, loader))
         if not isinstance(verdict, Verdict):
             raise TypeError(
                 f"{check.__name__}.run returned {type(verdict).__name__}, not a Verdict"

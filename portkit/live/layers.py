@@ -77,7 +77,7 @@ def class_problems(layout: dict[str, Any], facts: ModelFacts) -> list[Problem]:
         times = f" ({count} of them)" if count > 1 else ""
         shape = row["weights"].get("weight") or [0, 0]
         if row["kind"] == "nn.Embedding":
-            if shape[0] < layout["vocab_size"]:
+            if shape[0] != layout["vocab_size"]:
                 continue  # Learned positions and the like: small, and every rank needs all of it.
             problems.append(
                 Problem(
@@ -170,6 +170,9 @@ def prefix_problems(layout: dict[str, Any], tensors: Collection[str]) -> list[Pr
     rows = [row for row in layout["modules"] if row["kind"] in VLLM_KINDS]
     for row in rows:
         path = row["path"]
+        if row["kind"] == "embedding" and not row["prefix"]:
+            # As in many of vLLM's own classes: only formats that quantise embeddings would miss it.
+            continue
         if row["prefix"] != path and row["kind"] != "head":
             problems.setdefault(
                 (pattern(path), "prefix"),
@@ -194,7 +197,11 @@ def prefix_problems(layout: dict[str, Any], tensors: Collection[str]) -> list[Pr
                     f'Pass prefix=maybe_prefix(prefix, "{path}").',
                 ),
             )
-        if row["quant"] is None and row["kind"] != "attention" and not _is_tied(path, layout):
+        if (
+            row["quant"] is None
+            and row["kind"] not in ("attention", "embedding")
+            and not _is_tied(path, layout)
+        ):
             problems.setdefault(
                 (pattern(path), "quant"),
                 Problem(

@@ -230,19 +230,35 @@ def nan_rows(found: dict[str, Any]) -> list[tuple[str, int, int, str]]:
     ]
 
 
+def refused_heads(tied: dict[str, Any]) -> dict[str, str]:
+    """Return the variants that load_weights refuses by naming the head, and its words.
+
+    A limit and no fault, unless it is the port's own checkpoint: nobody computes with less.
+    """
+    attr = tied["head"].rpartition(".")[0]
+    own = "tied" if tied["ties"] else "untied"
+    return {
+        name: variant["error"]["what"]
+        for name, variant in tied["variants"].items()
+        if variant["error"] and name != own and f"'{attr}'" in variant["error"]["what"]
+    }
+
+
 def head_problem(tied: dict[str, Any]) -> Problem | None:
-    """Return what is wrong with tied or untied heads."""
+    """Return what is wrong with tied or untied heads; a variant that is refused is none of it."""
     head, embedding = tied["head"], tied["embedding"]
-    for name, variant in tied["variants"].items():
-        if variant["error"]:
+    variants = tied["variants"]
+    for name, variant in variants.items():
+        if variant["error"] and name not in refused_heads(tied):
             return Problem(
                 f"With a head that is {name}, load_weights stops: {variant['error']['what']}",
                 "Make self.lm_head in any case, and share the weight if "
                 "config.tie_word_embeddings: "
                 "self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens).",
             )
-    untied = tied["variants"]["untied"]
-    if not untied["head_from"] or set(untied["head_from"]) & set(untied["embedding_from"]):
+    untied = variants["untied"]
+    shared = set(untied["head_from"]) & set(untied["embedding_from"])
+    if not untied["error"] and (shared or not untied["head_from"]):
         return Problem(
             f"The checkpoint has a head of its own ({head}) and tie_word_embeddings is false, "
             f"but the port ties it: "
@@ -257,8 +273,8 @@ def head_problem(tied: dict[str, Any]) -> Problem | None:
                 "the flag is read from another config than the checkpoint's",
             ),
         )
-    plain = tied["variants"]["tied"]
-    left = [n for n in plain["unwritten"] if n not in untied["unwritten"]]
+    plain = variants["tied"]
+    left = [n for n in plain["unwritten"] if n not in untied["unwritten"] and not plain["error"]]
     if left:
         return Problem(
             f"tie_word_embeddings is true and the checkpoint stores no {head}, but {left[0]} "
@@ -271,7 +287,7 @@ def head_problem(tied: dict[str, Any]) -> Problem | None:
                 "the flag is read from another config than the checkpoint's",
             ),
         )
-    copy = tied["variants"]["tied, a copy stored"]
+    copy = variants["tied, a copy stored"]
     if copy["twice"]:
         return Problem(
             f"With a tied head of which the checkpoint stores a copy, {copy['twice'][0]} is "

@@ -60,7 +60,8 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
             ]
         say("loading checkpoints with tied and untied heads")
         head = head_of(original_class(port), checkpoint)
-        value["tied"] = _heads(bench, checkpoint, head, root) if head else {}
+        heads = _heads(bench, checkpoint, head, root) if head else {}
+        value["tied"] = heads and {**heads, "ties": value["ties"]}
         if not whole.error:
             say("loading checkpoints with one thing wrong")
             some = first_layer(checkpoint.tensors)

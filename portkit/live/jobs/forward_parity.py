@@ -34,12 +34,13 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     """Return {"starts": ..., and for each of STAGES its evidence}; see `_Evidence`.
 
     `request.args`: "loader", "portkit" (default) or "port"; "trace": False leaves the search for
-    the diverging module out.
+    the diverging module out; "stages": only these.
     """
     port = Port(Path(request.port_root))
     say("starting vLLM on the port")
     with live_engine.start(port.root, loader=request.args.get("loader", "portkit")) as engine:
-        return _Evidence(engine, say, request.args.get("trace", True)).gather()
+        stages = tuple(request.args.get("stages") or STAGES)
+        return _Evidence(engine, say, request.args.get("trace", True)).gather(stages)
 
 
 class _Situation:
@@ -72,14 +73,14 @@ class _Evidence:
         self.reference = Reference(engine.port, engine.checkpoint, device=engine.profile.device)
         self.vocab = engine.vocab_size
 
-    def gather(self) -> dict[str, Any]:
+    def gather(self, stages: Sequence[str]) -> dict[str, Any]:
         value: dict[str, Any] = {
             "starts": self._starts(),
             "tolerance": [self.limit.value, self.limit.reason],
         }
         if value["starts"].get("error"):
             return value
-        for stage in STAGES:
+        for stage in stages:
             self.say(f"running: {stage}")
             value[stage] = self._guarded(getattr(self, f"_{stage}"))
         value["texts"] = self._texts(value)

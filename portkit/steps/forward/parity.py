@@ -12,6 +12,7 @@ from portkit.checks.base import Check, CheckContext
 from portkit.checks.results import source_hash
 from portkit.checks.verdict import Verdict
 from portkit.live.job import JobResult
+from portkit.port import Port
 from portkit.steps.forward.evidence import cases_table, edit, numbers, top_table, walk_table
 
 STEP = "forward"
@@ -21,16 +22,25 @@ EVIDENCE: dict[str, tuple[str, JobResult]] = {}
 
 def evidence(context: CheckContext, *, afresh: bool = False) -> JobResult:
     """Return the result of the job `forward_parity` for the port as it stands now."""
-    root, state = str(context.port.root), source_hash(context.port)
+    loader = context.loader or "portkit"
+    root, state = f"{context.port.root} {loader}", source_hash(context.port)
     held = EVIDENCE.get(root)
     if held and held[0] == state and not afresh:
         return held[1]
-    result = context.live.run("forward_parity", timeout=300.0, progress=context.progress)
+    result = context.live.run(
+        "forward_parity", timeout=300.0, progress=context.progress, loader=loader
+    )
     if result.ok:
         EVIDENCE[root] = (state, result)
     else:
         EVIDENCE.pop(root, None)
     return result
+
+
+def held_evidence(port: Port, loader: str) -> JobResult | None:
+    """Return the evidence that checks gathered on the port as it is now, or None."""
+    held = EVIDENCE.get(f"{port.root} {loader}")
+    return held[1] if held and held[0] == source_hash(port) else None
 
 
 class Parity(Check):

@@ -223,7 +223,7 @@ class RehearsalTp4(_Rehearsal):
 
 def loader_of(context: CheckContext) -> str:
     """The port's own load_weights once there is one, portkit's loader before."""
-    return "port" if "def load_weights" in context.port.source else "portkit"
+    return context.loader or ("port" if "def load_weights" in context.port.source else "portkit")
 
 
 def _cases(found: dict[str, Any]) -> Table:

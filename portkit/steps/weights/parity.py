@@ -174,7 +174,15 @@ class TiedHead(_Parity):
                 causes=problem.causes,
                 job=headers,
             )
+        limits = "".join(
+            f" Limit: with a head that is {name}, load_weights stops ({what.split('.')[0]})."
+            for name, what in loads.refused_heads(tied).items()
+        )
         variant = "untied" if headers.value["ties"] else "tied"
+        if variant in loads.refused_heads(tied):
+            return self.passed(
+                f"The head is as this checkpoint's config says.{limits}", table, job=headers
+            )
         job = gather(context, self.id, "load", variant=variant)
         if not job.ok:
             return self.failed_job(job)
@@ -191,7 +199,7 @@ class TiedHead(_Parity):
         return failed or self.passed(
             f"Tied and untied checkpoints load as their config says; {loads.VARIANTS[variant]} "
             f"equals Transformers to "
-            f"{max(c['max_abs'] for c in job.value['cases']):.1e}.",
+            f"{max(c['max_abs'] for c in job.value['cases']):.1e}.{limits}",
             table,
             loads.cases_table(job.value),
             job=job,

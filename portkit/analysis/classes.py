@@ -135,7 +135,9 @@ def _view_class(node: ast.ClassDef) -> ClassView:
         for statement, condition in _statements(init.body, ""):
             for target, value in _pairs(statement):
                 if isinstance(target, ast.Attribute) and text(target.value) == "self":
-                    assigned.append(Assigned(target.attr, value, statement.lineno, condition))
+                    made, only_if = _optional_module(value)
+                    both = " and ".join(c for c in (condition, only_if) if c)
+                    assigned.append(Assigned(target.attr, made, statement.lineno, both))
                 elif isinstance(target, ast.Name):
                     if target.id in seen or target.id in parameters or condition:
                         local.pop(target.id, None)
@@ -163,6 +165,19 @@ def _pairs(statement: ast.stmt) -> Iterator[tuple[ast.expr, ast.expr]]:
                 yield target, statement.value
     elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
         yield statement.target, statement.value
+
+
+def _optional_module(value: ast.expr) -> tuple[ast.expr, str]:
+    """(Module(...), condition) of `Module(...) if condition else None`; else the value as it is."""
+    if isinstance(value, ast.IfExp):
+        for made, other, test in (
+            (value.body, value.orelse, text(value.test)),
+            (value.orelse, value.body, f"not ({text(value.test)})"),
+        ):
+            is_module = call_name(made).rsplit(".", 1)[-1][:1].isupper()
+            if is_module and isinstance(other, ast.Constant) and other.value is None:
+                return made, test
+    return value, ""
 
 
 def call_name(node: ast.AST | None) -> str:

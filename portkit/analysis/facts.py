@@ -78,10 +78,36 @@ class RotaryFacts:
     """Does the function leave a rest of the head alone (or is it called on a part of it)?"""
     why: str
     line: int
+    layouts: tuple[tuple[str, Layout], ...] = ()
+    """(function, how it pairs dimensions) of every such function that the attention calls."""
 
     @property
     def is_neox_style(self) -> bool:
         return self.layout == "half"
+
+
+@dataclass(frozen=True)
+class LatentFacts:
+    """Multi-head latent attention: one small latent per token, expanded to keys and values."""
+
+    queries: tuple[Linear, ...]
+    """What makes the query heads; two where the config decides whether queries have a latent."""
+    query_latents: tuple[Linear, ...]
+    """What makes the queries' latent; empty if they are projected directly."""
+    kv_latent: Linear
+    """Makes the latent of keys and values, and the part of the key that all heads share."""
+    kv_heads: Linear
+    """Expands the latent to each head's own part of the key and its value."""
+    output: Linear
+    num_heads: str
+    head_dim: str
+    """Of queries and keys; sizes are as written in the class."""
+    rank: str
+    shared_dim: str
+    own_dim: str
+    value_dim: str
+    expand: str
+    """The method that expands; "" if forward does."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +143,8 @@ class AttentionFacts:
     """As passed to attention, e.g. "self.sinks": one more logit per head; "" if none."""
     fused: FusedQkv | None = None
     """How `qkv` is laid out; None where the code that cuts it could not be followed."""
+    latent: LatentFacts | None = None
+    """Set if keys and values are expanded from a latent; q, k, v and qkv are then None."""
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class Reader:
     def rotary(self, model: ClassView | None, attention: ClassView | None) -> RotaryFacts | None:
         module = self.module
         functions = [
-            f for name, f in module.functions.items() if "rotary" in name and len(f.args.args) >= 4
+            f for name, f in module.functions.items() if "rotary" in name and len(f.args.args) >= 3
         ]
         holder = None
         for view in (model, attention):
@@ -140,7 +140,10 @@ class Reader:
         layout, partial, why, line = layout_of(module, holder[1], function)
         if layout == "unknown":
             self.cannot_tell("rotary", why, line)
-        return RotaryFacts(holder[1].name, function.name, layout, partial, why, line)
+        layouts = tuple(
+            (f.name, layout_of(module, holder[1], f)[0]) for f in functions if f.name in called
+        )
+        return RotaryFacts(holder[1].name, function.name, layout, partial, why, line, layouts)
 
     def layer(self, view: ClassView) -> LayerFacts:
         attention = self.submodule(view, is_attention)
@@ -315,7 +318,7 @@ def _state(
             return "parallel"
         return "forward" if ported else "copy"
     called = {call_name(n) for n in ast.walk(attention.init)}
-    ours = {"QKVParallelLinear", "ReplicatedLinear"} & called
+    ours = {"QKVParallelLinear", "RowParallelLinear", "ReplicatedLinear"} & called
     if ours and "ParallelLMHead" in text(lm.node):
         return "parallel"
     return "forward" if "Attention" in called and ported else "copy"

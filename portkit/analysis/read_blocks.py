@@ -9,6 +9,7 @@ from portkit.analysis.attention_parts import output_path
 from portkit.analysis.classes import Assigned, ClassView, argument, call_name, text
 from portkit.analysis.facts import AttentionFacts, Linear, MlpFacts
 from portkit.analysis.fused_qkv import FusedQkv, fused_qkv_of
+from portkit.analysis.latent import latent_attention, read_latent
 from portkit.analysis.symbolic import CannotTell, Interpreter
 
 if TYPE_CHECKING:
@@ -126,6 +127,9 @@ def read_attention(reader: Reader, view: ClassView) -> AttentionFacts:
     resolved_dim = resolved_dim.replace("self.config.", "config.")
     if attention is None and not fused:
         heads, kv_heads = (_heads(linear, resolved_dim) for linear in (q, k))
+    latent = read_latent(view, linears)
+    if latent is not None:
+        return latent_attention(view, latent, every_norm, (scaling, window, cap, sinks))
     norms = tuple(n for n in every_norm if n.attr not in after.norms)
     per_head = None
     if norms:

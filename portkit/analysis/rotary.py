@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from portkit.analysis.classes import ClassView, ModuleView, call_name, text
+from portkit.analysis.rotary_complex import Complex, complex_call, times
 from portkit.analysis.symbolic import CannotTell, Interpreter
 
 Layout = Literal["half", "neighbours", "unknown"]
@@ -88,8 +89,11 @@ class _Indices(Interpreter):
             }
             if type(node.op) in operations:
                 return operations[type(node.op)]()
-        if isinstance(node.op, ast.Mult) and right == 1:
+        if isinstance(node.op, ast.Mult) and isinstance(right, int) and right == 1:
             return left
+        both = isinstance(left, Complex) and isinstance(right, Complex)
+        if isinstance(node.op, ast.Mult) and both and len(left.pairs) == len(right.pairs):
+            return times(left, right)
         if isinstance(left, Vector) and isinstance(right, Vector) and len(left) == len(right):
             if isinstance(node.op, ast.Add | ast.Sub):
                 sign = 1 if isinstance(node.op, ast.Add) else -1
@@ -143,6 +147,9 @@ class _Indices(Interpreter):
             ):
                 bound.setdefault(parameter, self.value(default, {}))
             return self.run(function, bound)
+        turned = complex_call(self, node, values, Vector)
+        if turned is not None:
+            return turned
         keywords = {k.arg: self.value(k.value, values) for k in node.keywords if k.arg}
         if name in ("torch.cat", "torch.concat", "torch.concatenate"):
             parts = self.value(node.args[0], values)
@@ -270,6 +277,20 @@ def _expected(style: str, rotary_dim: int, prefix: str) -> tuple[Any, ...]:
     return tuple(out)
 
 
+def _rotates(rotated: tuple[Vector, Vector], style: str, rotary_dim: int) -> bool:
+    """Is this the style's rotation, perhaps with q's and k's dimensions reordered in one way?
+
+    A common order changes no product of a query and a key, which is all that attention takes.
+    """
+    query, key = (_expected(style, rotary_dim, p) for p in "qk")
+    if rotated[0].terms == query and rotated[1].terms == key:
+        return True
+    if rotary_dim != HEAD or set(rotated[0].terms) != set(query):
+        return False
+    order = [query.index(term) for term in rotated[0].terms]
+    return rotated[1].terms == tuple(key[i] for i in order)
+
+
 def layout_of(
     module: ModuleView, rotary: ClassView, function: ast.FunctionDef
 ) -> tuple[Layout, bool, str, int]:
@@ -282,13 +303,13 @@ def layout_of(
     partial = False
     for rotary_dim in (HEAD, HEAD - 2):
         try:
-            cos, sin = _run_class(module, rotary, rotary_dim)
+            angles = _run_class(module, rotary, rotary_dim)
             names = [a.arg for a in function.args.args]
             values: dict[str, Any] = dict(
-                zip(names, (named("q", HEAD), named("k", HEAD), cos, sin), strict=False)
+                zip(names, (named("q", HEAD), named("k", HEAD), *angles), strict=False)
             )
             values.setdefault("unsqueeze_dim", 1)
-            for extra in names[4:]:
+            for extra in names[2 + len(angles) :]:
                 values.setdefault(extra, ("name", extra))
             rotated = _Indices(module).run(function, values)
             if (
@@ -302,10 +323,7 @@ def layout_of(
                 return "unknown", False, unknown.what, unknown.line or function.lineno
             break
         for style in ("half", "neighbours"):
-            if all(
-                v.terms == _expected(style, rotary_dim, p)
-                for v, p in zip(rotated, "qk", strict=False)
-            ):
+            if _rotates(rotated, style, rotary_dim):
                 found.append(style)
                 partial = rotary_dim != HEAD
                 break
@@ -327,7 +345,8 @@ def layout_of(
     return found[0], partial, "", function.lineno
 
 
-def _run_class(module: ModuleView, rotary: ClassView, rotary_dim: int) -> tuple[Vector, Vector]:
+def _run_class(module: ModuleView, rotary: ClassView, rotary_dim: int) -> tuple[Any, ...]:
+    """(cos, sin), or the one tensor of complex numbers that holds both."""
     forward = rotary.forward
     if forward is None:
         raise CannotTell(f"{rotary.name} has no forward", rotary.node)
@@ -337,6 +356,8 @@ def _run_class(module: ModuleView, rotary: ClassView, rotary_dim: int) -> tuple[
     }
     values["x" if "x" in values else names[0]] = named("x", HEAD)
     result = _Frequencies(module, rotary, rotary_dim).run(forward, values)
+    if isinstance(result, Complex):
+        return (result,)
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Vector):
         raise CannotTell(f"{rotary.name}.forward does not return (cos, sin)", forward)
     return result

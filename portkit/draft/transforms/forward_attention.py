@@ -63,6 +63,11 @@ def port_attention(work: Work) -> None:
             raise Blocker(
                 f"{facts.cls}: cannot tell the {name} from the projections' sizes.", facts.line
             )
+    if facts.latent is not None:
+        from portkit.draft.transforms.forward_latent import port_latent_attention
+
+        port_latent_attention(work)
+        return
     view = view_module(work.module.code).classes[facts.cls]
     hidden = edit.parameters(forward)[0]
     rotary = work.facts.rotary

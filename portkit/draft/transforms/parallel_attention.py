@@ -13,6 +13,7 @@ from portkit.draft.blocker import Blocker
 from portkit.draft.transforms.constructors import add_parameter, linear_statement
 from portkit.draft.transforms.fused_qkv import add_loader, loader_statements
 from portkit.draft.transforms.parallel_flow import add_norm_helper, rewrite_forward
+from portkit.draft.transforms.parallel_latent import port_latent_attention
 from portkit.draft.transforms.parallel_parts import gate_statement, norms_of_own_heads, own_parts
 from portkit.draft.transforms.parallel_whole import mixes_heads, port_whole_attention
 from portkit.draft.work import Work, set_method
@@ -62,6 +63,9 @@ def port_attention(work: Work) -> None:
         raise Blocker(
             f"{facts.cls}: cannot tell which linear is the output projection.", facts.line
         )
+    if facts.latent is not None:
+        port_latent_attention(work)
+        return
     why = mixes_heads(facts, cls)
     if why:
         port_whole_attention(work, facts, why)

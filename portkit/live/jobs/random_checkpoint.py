@@ -48,6 +48,11 @@ SIZES: dict[str, int] = {
     "n_ctx": 512,
     "max_seq_len": 512,
     "rotary_dim": 16,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 48,
+    "kv_lora_rank": 40,
+    "q_lora_rank": 56,
     "num_experts": 4,
     "num_local_experts": 4,
     "n_routed_experts": 4,
@@ -138,6 +143,9 @@ def _smallest_that_works(
     sizes = {k: v for k, v in SIZES.items() if isinstance(fields.get(k, ""), (int, type(None)))}
     hard = {k: v for k, v in HARD.items() if k in fields}
     hard |= _windows(fields) | _hybrid(default, fields) | _multipliers(fields)
+    if "kv_lora_rank" in fields:  # latent attention: every head has its key, a part of it rotated
+        hard["head_dim"] = sizes.get("qk_rope_head_dim", 32)
+        hard.pop("num_key_value_heads", None)
     rope = fields.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
         hard["rope_parameters"] = {**rope, "rope_theta": 20000.0, **_near(rope)}

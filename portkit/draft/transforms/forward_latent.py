@@ -62,7 +62,7 @@ def port_latent_attention(work: Work) -> None:
         gone = facts.latent.expand
         kept = [m for m in edit.members(cls) if getattr(getattr(m, "name", 0), "value", "") != gone]
         cls = set_members(cls, kept)
-    made = [edit.blank_before(_attention(work, view, flow.keywords))]
+    made = [edit.blank_before(_attention(work, view, flow.keywords, "attn"))]
     if flow.rotations:
         made.insert(0, edit.blank_before(_rope(facts, rotary, flow.rotations)))
     made[-1] = edit.comment_before(made[-1], *_CACHE_NOTE)

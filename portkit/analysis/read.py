@@ -77,11 +77,8 @@ class Reader:
             short = name.rsplit(".", 1)[-1]
             if isinstance(item.value, ast.Call) and (name in own or short in VLLM_NORMS):
                 call = item.value
-                size = (
-                    call.args[0]
-                    if call.args
-                    else (call.keywords[0].value if call.keywords else None)
-                )
+                named = [k.value for k in call.keywords if k.arg and "eps" not in k.arg]
+                size = call.args[0] if call.args else (named[0] if named else None)
                 uses.append(
                     NormUse(
                         item.attr,

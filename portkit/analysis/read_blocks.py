@@ -134,7 +134,9 @@ def read_attention(reader: Reader, view: ClassView) -> AttentionFacts:
     per_head = None
     if norms:
         per_head = all(
-            n.size.replace("self.config.", "config.") in (resolved_dim, head_dim) for n in norms
+            n.size.replace("self.config.", "config.") in (resolved_dim, head_dim)
+            or (not n.size and _is_split(view, n.attr))
+            for n in norms
         )
     return AttentionFacts(
         cls=view.name,
@@ -171,6 +173,12 @@ def _layout(
     except CannotTell as unknown:
         reader.cannot_tell("attention", unknown.what, unknown.line or view.line)
         return None
+
+
+def _is_split(view: ClassView, attr: str) -> bool:
+    """Is a norm without weights given heads of their own? Flat tokens are split in its call."""
+    calls = [n for n in ast.walk(view.forward) if call_name(n) == f"self.{attr}"]
+    return all("unflatten" in text(call) for call in calls if isinstance(call, ast.Call))
 
 
 def _resolved(view: ClassView, expression: str) -> str:

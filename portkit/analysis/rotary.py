@@ -246,6 +246,14 @@ class _Frequencies(_Indices):
             return "positions"
         return super().value(node, values)
 
+    def call(self, node: ast.Call, values: dict[str, Any]) -> Any:
+        if call_name(node) == "getattr" and text(node.args[0]) == "self":
+            if "inv_freq" in text(node.args[1]):
+                return self.frequencies
+            if "scaling" in text(node.args[1]):
+                return 1
+        return super().call(node, values)
+
     def free(self, node: ast.Name) -> Any:
         return "positions" if "position" in node.id else super().free(node)
 

@@ -39,6 +39,7 @@ class AttentionExpressions:
         norms: set[str],
         dropouts: set[str],
         rotary_functions: set[str],
+        rotary_call: str,
         head_dim: str,
         functions: dict[str, cst.FunctionDef],
         source: str,
@@ -47,6 +48,7 @@ class AttentionExpressions:
     ) -> None:
         self.functions = functions
         self.of_positions: set[str] = set()
+        self.rotary_call = rotary_call
         self.given = given or {}
         """Statements that are flat already, and what the names they bind stand for."""
         self.source = source.splitlines()
@@ -100,7 +102,7 @@ class AttentionExpressions:
             return env.get(node.value, Value("plain", node))
         if isinstance(node, cst.Tuple | cst.List):
             parts = tuple(self._value(e.value, env) for e in node.elements)
-            if any(p.kind == "tensor" for p in parts):
+            if any(p.kind in ("tensor", "part") for p in parts):
                 return Value("several", parts=parts)
             if any(p.kind in ("shape", "erased") for p in parts):
                 return Value("shape", node)

@@ -223,10 +223,10 @@ class AttentionFlow(AttentionExpressions):
             return [
                 self._line(
                     node,
-                    f"{left} = self.rotary_emb"
+                    f"{left} = {self.rotary_call}"
                     f"(positions, {edit.code(query.node)}, {edit.code(key.node)})",
                 )
             ]
         else:
             raise self._stop("rotates something other than query and key", node)
-        return [self._line(node, f"{left} = self.rotary_emb(positions, {left})")]
+        return [self._line(node, f"{left} = {self.rotary_call}(positions, {left})")]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-
 import libcst as cst
 
 from portkit.analysis.attention_parts import norms_of_each_head
@@ -14,17 +12,10 @@ from portkit.draft.blocker import Blocker
 from portkit.draft.transforms.attention_elementwise import flat_positions
 from portkit.draft.transforms.attention_flow import AttentionFlow
 from portkit.draft.transforms.attention_values import attention_name
+from portkit.draft.transforms.forward_rotary import plan_rotary
 from portkit.draft.transforms.fused_qkv import cut_flat
 from portkit.draft.transforms.masked_windows import window_of_masks
 from portkit.draft.work import Work, plain_module, rewrite_init, set_method
-
-_ROPE_FIELDS = {
-    "rope_parameters",
-    "head_dim",
-    "hidden_size",
-    "num_attention_heads",
-    "max_position_embeddings",
-}
 
 
 def port_attention(work: Work) -> None:
@@ -72,6 +63,7 @@ def port_attention(work: Work) -> None:
     hidden = edit.parameters(forward)[0]
     rotary = work.facts.rotary
     forward, given = cut_flat(work, forward)
+    plan = plan_rotary(work)
     flow = AttentionFlow(
         functions=work.functions(),
         cls=facts.cls,
@@ -79,6 +71,7 @@ def port_attention(work: Work) -> None:
         norms=_known_norms(work),
         dropouts=prune.dropout_attributes(cls),
         rotary_functions={rotary.function} if rotary else set(),
+        rotary_call=plan.call,
         head_dim=facts.head_dim,
         source=work.module.code,
         first_line=view.forward.lineno,
@@ -91,7 +84,9 @@ def port_attention(work: Work) -> None:
     cls = set_method(cls, edit.with_body(signature, flow.body))
     made: list[edit.Statement] = []
     if flow.rotary_used:
-        made.append(edit.blank_before(_rope(work, view)))
+        made += plan.init
+        for method in plan.methods:
+            cls = set_method(cls, method)
     keywords = dict(flow.keywords)
     if "sliding_window" not in keywords and (window := window_of_masks(work)):
         keywords["sliding_window"] = edit.expression(window)
@@ -108,13 +103,9 @@ def port_attention(work: Work) -> None:
     work.did.append(
         f"{facts.cls}: masks, caches, [batch, seq] shapes go; vLLM's Attention keeps the cache."
     )
-    if flow.rotary_used and rotary:
-        style = (
-            "halves, is_neox_style=True"
-            if rotary.is_neox_style
-            else "neighbours, is_neox_style=False"
-        )
-        work.did.append(f"{rotary.function} pairs {style}: get_rope rotates by `positions`.")
+    if flow.rotary_used and plan.did:
+        work.did.append(plan.did)
+        work.warnings += [plan.warning] if plan.warning else []
 
 
 def _known_norms(work: Work) -> set[str]:
@@ -141,8 +132,6 @@ def attention_signature(init: cst.FunctionDef) -> str:
 
 def _layer_index(init: cst.FunctionDef, body: list[edit.Statement]) -> list[edit.Statement]:
     """layer_idx from the prefix, where __init__ reads it."""
-    if "layer_idx" not in edit.parameters(init):
-        return []
     uses = [s for s in body if "layer_idx" in edit.names_read(s)]
     uses = [s for s in uses if (edit.assigned_attribute(s) or ("",))[0] != "layer_idx"]
     return [edit.statement("layer_idx = extract_layer_index(prefix)")] if uses else []
@@ -162,56 +151,6 @@ def _inference_init(body: list[edit.Statement]) -> list[edit.Statement]:
             continue
         kept.append(node)
     return kept
-
-
-def _rope(work: Work, view) -> edit.Statement:
-    """get_rope(...) for what the rotary class and its function were found to compute."""
-    rotary = work.facts.rotary
-    if rotary is None or rotary.layout == "unknown":
-        why = rotary.why if rotary else "the rotary class was not found"
-        raise Blocker(
-            f"cannot tell how positions rotate queries and keys: {why}.",
-            rotary.line if rotary else 0,
-        )
-    module = view_module(work.module.code)
-    node = module.classes[rotary.cls].node
-    fields = set()
-    for inner in ast.walk(node):
-        if isinstance(inner, ast.Attribute) and text(inner.value) in ("config", "self.config"):
-            fields.add(inner.attr)
-        if (
-            isinstance(inner, ast.Call)
-            and text(inner.func) == "getattr"
-            and isinstance(inner.args[1], ast.Constant)
-        ):
-            fields.add(str(inner.args[1].value))
-    strange = fields - _ROPE_FIELDS
-    written = text(node)
-    if strange or "rope_parameters" not in fields or "layer_type" in written:
-        what = (
-            f"reads config.{sorted(strange)[0]}"
-            if strange
-            else "does not take its base from config.rope_parameters"
-        )
-        if "layer_type" in written:
-            what = "has other parameters for each layer type"
-        raise Blocker(f"{rotary.cls} {what}: get_rope needs them in rope_parameters.", rotary.line)
-    comment = (
-        "Dimensions are rotated in halves (i, i + n/2)."
-        if rotary.is_neox_style
-        else ("Neighbouring dimensions (2i, 2i + 1) are rotated together.")
-    )
-    return edit.comment_before(
-        edit.statement(f"""
-self.rotary_emb = get_rope(
-    {work.facts.attention.head_dim},
-    max_position=config.max_position_embeddings,
-    rope_parameters=config.rope_parameters,
-    is_neox_style={rotary.is_neox_style},
-)
-"""),
-        comment,
-    )
 
 
 def _attention(

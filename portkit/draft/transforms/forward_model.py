@@ -119,6 +119,8 @@ def _model_body(work: Work, forward: cst.FunctionDef) -> list[edit.Statement]:
             work.line_of(f"class {facts.model}"),
         )
     body = [_plain_assign(edit.rename_reads(n, {"position_ids": "positions"})) for n in body]
+    if facts.embedding is None:
+        raise Blocker(f"{facts.model} has no embedding.", work.line_of(f"class {facts.model}"))
     embedding = facts.embedding.attr
     body = [
         edit.replace_text(n, f"self.{embedding}(input_ids)", "self.embed_input_ids(input_ids)")

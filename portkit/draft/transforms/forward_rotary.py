@@ -21,7 +21,7 @@ _OWN = '''
 def rotate(
     self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate queries and keys as the author does; {why}."""
+    """Rotate queries and keys by the author's own code."""
     # The author's class wants [batch, seq]: all tokens are one sequence.
     cos, sin = self.rotary_emb({arguments})
     query, key = (x.unflatten(-1, (-1, {head_dim})) for x in (query, key))
@@ -51,7 +51,7 @@ def plan_rotary(work: Work) -> RotaryPlan:
     reads = read_rotary_class(view)
     if rotary.layout == "unknown" or reads.strange:
         why = reads.strange and f"{rotary.cls} {reads.strange}"
-        return _own(work, why or f"vLLM's get_rope cannot: {rotary.why}", reads.by_layer_type)
+        return _own(work, why or rotary.why, reads.by_layer_type)
     parameters = "config.rope_parameters"
     if reads.by_layer_type:
         parameters += f"[{layer_type(work)}]"
@@ -135,11 +135,12 @@ def _own(work: Work, why: str, by_layer_type: bool) -> RotaryPlan:
     if by_layer_type:
         arguments += ", self.layer_type"
         init.insert(0, edit.statement(f"self.layer_type = {layer_type(work)}"))
-    init[0] = edit.comment_before(edit.blank_before(init[0]), f"The author's own: {why}.")
+    init[0] = edit.comment_before(
+        edit.blank_before(init[0]), "The author's own, not get_rope:", f"{why}."
+    )
     work.put(_flat_class(work.cls(rotary.cls)))
     method = edit.function(
         _OWN.format(
-            why=why,
             arguments=arguments,
             head_dim=facts.attention.head_dim,
             function=rotary.function,
@@ -160,9 +161,12 @@ def _construction(work: Work) -> str:
         init = edit.method(work.cls(owner), "__init__")
         for node in edit.body_of(init) if init is not None else ():
             pair = edit.assigned_attribute(node)
-            if pair and edit.is_call(pair[1], facts.rotary.cls):
-                if edit.names_read(pair[1]) <= {facts.rotary.cls, "config"}:
-                    return edit.flat(pair[1])
+            if (
+                pair
+                and edit.is_call(pair[1], facts.rotary.cls)
+                and edit.names_read(pair[1]) <= {facts.rotary.cls, "config"}
+            ):
+                return edit.flat(pair[1])
     raise Blocker(
         f"cannot tell how {facts.rotary.cls} is made: it needs more than the config.",
         facts.rotary.line,

@@ -87,7 +87,7 @@ def _with_stacked(old: edit.Statement, made: edit.Statement) -> edit.Statement:
     both = call.with_changes(
         args=[*call.args[:-1], call.args[-1].with_changes(comma=cst.Comma()), *more.args]
     )
-    return edit.replace(old, lambda n: both if n is call else None)
+    return edit.replace(old, lambda n: both if edit.is_call(n, "WeightsMapper") else None)
 
 
 def stacked_mapping(work: Work) -> list[tuple[str, str, str | int]]:

@@ -25,6 +25,7 @@ VLLM_LAYERS: dict[str, Kind] = {
     "MambaMixer2": "mamba2",
     "ShortConv": "short_conv",
     "QwenGatedDeltaNetAttention": "delta_net",
+    "OlmoHybridGatedDeltaNetAttention": "delta_net",
 }
 """Layers of vLLM that keep such a state: what a port's decoder layer holds after the draft."""
 
@@ -48,6 +49,10 @@ class RecurrentFacts:
     """Epsilon of a gated norm over all channels, where vLLM's layer would norm each group."""
     in_scale: str = ""
     """Factor on the mixer's input, resolved; "" if none."""
+    sizes: tuple[tuple[str, str], ...] = ()
+    """(name, source text) of sizes that vLLM's class reads from the config by itself."""
+    stacked: tuple[tuple[str, str, int | tuple[int, ...]], ...] = ()
+    """(linear in the checkpoint, linear of vLLM's class that holds it, its place there)."""
     why: str = ""
     start: str = ""
     """The vLLM class a person would start from when the draft cannot."""
@@ -146,12 +151,18 @@ def is_recurrent(view: ClassView) -> bool:
 
 def read_recurrent(reader: Reader, view: ClassView) -> RecurrentFacts:
     """Facts of a mixer class; what is missing for a draft is reported as unknown, with its line."""
+    from portkit.analysis.recurrent_delta import read_delta_net
     from portkit.analysis.recurrent_mamba import read_mamba, read_mamba2
     from portkit.analysis.recurrent_short_conv import read_short_conv
 
     kind = kind_of(view)
     assert kind is not None
-    reading = {"mamba": read_mamba, "mamba2": read_mamba2, "short_conv": read_short_conv}.get(kind)
+    reading = {
+        "mamba": read_mamba,
+        "mamba2": read_mamba2,
+        "short_conv": read_short_conv,
+        "delta_net": read_delta_net,
+    }.get(kind)
     facts = reading(reader, view) if reading else _without_draft(view, kind)
     if facts.why:
         reader.cannot_tell("recurrent", facts.why, facts.line)
@@ -159,7 +170,6 @@ def read_recurrent(reader: Reader, view: ClassView) -> RecurrentFacts:
 
 
 _START: dict[Kind, str] = {
-    "delta_net": "QwenGatedDeltaNetAttention (qwen3_next.py) or OlmoHybridGatedDeltaNet",
     "linear_attention": "MiniMaxText01LinearAttention (layers/mamba/linear)",
     "rg_lru": "MambaMixer: a subclass of MambaBase with a scan of its own",
     "rwkv": "MambaBase (layers/mamba/abstract.py)",

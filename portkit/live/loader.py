@@ -100,8 +100,10 @@ def find_target(model: nn.Module, parameters: dict[str, torch.Tensor], name: str
 def _renamed(model: nn.Module, parameters: dict[str, torch.Tensor], name: str) -> Target | None:
     """Return the parameter that the class's own WeightsMapper renames the tensor to."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    new = mapper.map_name(name) if mapper is not None else None
-    return find_target(model, parameters, new) if new and new != name else None
+    found = mapper._map_name_with_shard(name) if mapper is not None else None
+    if found is None or found[0] == name or found[0] not in parameters:
+        return None
+    return Target(found[0], found[1], ())
 
 
 def load(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import libcst as cst
 
 from portkit.analysis.facts import LayerFacts
+from portkit.analysis.recurrent import VLLM_LAYERS
 from portkit.draft import edit
 from portkit.draft.blocker import Blocker
 from portkit.draft.transforms import recurrent
@@ -32,7 +33,7 @@ def _port_layer(work: Work, facts: LayerFacts) -> None:
         )
         if edit.is_call(call, *recurrent.WITH_QUANTISATION):
             takes[attr] = call
-        elif isinstance(call, cst.Call) and not edit.is_call(call, *recurrent.INTO_OUTPUT):
+        elif isinstance(call, cst.Call) and not edit.is_call(call, *VLLM_LAYERS):
             made = edit.method(work.cls(edit.code(call.func)), "__init__")
             if "quant_config" in edit.parameters(made):
                 takes[attr] = call

@@ -18,7 +18,7 @@ from portkit.draft import edit
 from portkit.draft.blocker import Blocker
 from portkit.draft.work import Work
 
-INTO_OUTPUT = ("MambaMixer", "ShortConv")
+INTO_OUTPUT = ("MambaMixer", "ShortConv", "OlmoHybridGatedDeltaNetAttention")
 """Layers that write into a tensor they are given; the others return one."""
 WITH_QUANTISATION = ("MambaMixer2", "ShortConv")
 _LINE = 70
@@ -88,10 +88,9 @@ def construct(
     if pair is None or pair[0] not in mixers or not isinstance(pair[1], cst.Call):
         return [node]
     attr, mixer = pair[0], mixers[pair[0]]
-    arguments = [f"{name}={value}" for name, value in mixer.arguments]
-    if len(mixer.arguments) == 3 and mixer.arguments[0] == ("config", "config"):
-        arguments[0] = "config"
-    arguments += ["model_config=model_config", "cache_config=cache_config"]
+    arguments = [value if name == value else f"{name}={value}" for name, value in mixer.arguments]
+    if mixer.kind != "delta_net":  # which takes these from vllm_config
+        arguments += ["model_config=model_config", "cache_config=cache_config"]
     arguments.append(f'prefix=f"{{prefix}}.{attr}"')
     made = edit.statement(
         f"self.{attr} = {mixer.layer}(\n    " + ",\n    ".join(arguments) + ",\n)"

@@ -28,9 +28,24 @@ _SHAPES: dict[str, tuple[tuple[str, str], ...]] = {
         ("conv_kernel", "conv_kernel_size"),
     ),
     "short_conv": (("intermediate_size", "dim"),),
+    "delta_net": tuple(
+        (n, n)
+        for n in (
+            "num_k_heads",
+            "num_v_heads",
+            "head_k_dim",
+            "head_v_dim",
+            "conv_kernel_size",
+        )
+    ),
 }
 """Kind -> (argument of MambaStateShapeCalculator, argument of the layer)."""
-_CALCULATOR = {"mamba": "mamba1", "mamba2": "mamba2", "short_conv": "short_conv"}
+_CALCULATOR = {
+    "mamba": "mamba1",
+    "mamba2": "mamba2",
+    "short_conv": "short_conv",
+    "delta_net": "gated_delta_net",
+}
 _DTYPES = {
     "short_conv": "vllm_config.cache_config.mamba_cache_dtype",
 }
@@ -59,7 +74,7 @@ def declare_state(work: Work) -> None:
     cls = cls.with_changes(bases=[cst.Arg(edit.expression(b)) for b in bases])
     members = edit.members(cls)
     at = 1 if members and edit.is_docstring(members[0]) else 0
-    new = [*_renames(mixers), *(edit.blank_before(m) for m in _methods(mixer))]
+    new = [*_renames(work, mixers), *(edit.blank_before(m) for m in _methods(mixer))]
     rest = [edit.blank_before(m) if i == 0 else m for i, m in enumerate(members[at:])]
     work.put(set_members(cls, [*members[:at], *new, *rest]))
     work.did.append(
@@ -67,21 +82,31 @@ def declare_state(work: Work) -> None:
     )
 
 
-def _renames(mixers: list[RecurrentFacts]) -> list[edit.Statement]:
+def _renames(work: Work, mixers: list[RecurrentFacts]) -> list[edit.Statement]:
     """Names that vLLM's layer gives its parameters: A is -exp(A_log), taken when loading."""
+    attrs = {a for layer in work.facts.layers for a in layer.recurrent_attrs}
     pairs = dict.fromkeys(pair for m in mixers for pair in m.renames)
-    if not pairs:
+    stacked = dict.fromkeys(s for m in mixers for s in m.stacked)
+    parts = []
+    if pairs:
+        lines = "".join(f'        ".{old}": ".{new}",\n' for old, new in pairs)
+        parts.append("    orig_to_new_substr={\n" + lines + "    },\n")
+    if stacked:
+        lines = "".join(
+            f'        ".{attr}.{part}.": (".{attr}.{fused}.", {shard}),\n'
+            for attr in sorted(attrs)
+            for part, fused, shard in stacked
+        )
+        parts.append("    orig_to_new_stacked={\n" + lines + "    },\n")
+    if not parts:
         return []
-    lines = "".join(f'        ".{old}": ".{new}",\n' for old, new in pairs)
-    made = edit.statement(
-        "hf_to_vllm_mapper = WeightsMapper(\n    orig_to_new_substr={\n" + lines + "    }\n)"
-    )
+    made = edit.statement("hf_to_vllm_mapper = WeightsMapper(\n" + "".join(parts) + ")")
     return [edit.comment_before(made, "The mixer's parameters have other names in vLLM's layer.")]
 
 
 def _methods(mixer: RecurrentFacts) -> list[cst.FunctionDef]:
     name = _CALCULATOR[mixer.kind]
-    values = dict(mixer.arguments)
+    values = dict(mixer.arguments) | dict(mixer.sizes)
     sizes = [f"{theirs}={values[ours]}" for theirs, ours in _SHAPES[mixer.kind]]
     if mixer.kind == "short_conv":
         sizes.append("conv_kernel=config.conv_L_cache")

@@ -55,7 +55,7 @@ def draft_source(source: str, architecture: str) -> Work:
         old = next((m for m in members if _mapper(m) is not None), None)
         if old is None:
             cls = set_members(cls, [*members[:at], made, *members[at:]])
-        elif "orig_to_new_stacked" not in edit.code(old):
+        else:
             both = _with_stacked(old, made)
             cls = set_members(cls, [both if m is old else m for m in members])
     if stacked or any(_mapper(m) is not None for m in edit.members(cls)):
@@ -83,10 +83,20 @@ def _mapper(node: edit.Statement) -> cst.Call | None:
 
 def _with_stacked(old: edit.Statement, made: edit.Statement) -> edit.Statement:
     """The class's own WeightsMapper (renamed parameters) with the fused names as well."""
-    call, more = _mapper(old), _mapper(made)
-    both = call.with_changes(
-        args=[*call.args[:-1], call.args[-1].with_changes(comma=cst.Comma()), *more.args]
+    call, more = _mapper(old), _mapper(made).args[-1]
+    kept, before = [], []
+    for argument in call.args:
+        stacked = argument.keyword is not None and argument.keyword.value == "orig_to_new_stacked"
+        if stacked and isinstance(argument.value, cst.Dict):
+            before = [e for e in argument.value.elements if edit.code(e.key) not in edit.code(more)]
+        elif not stacked:
+            kept.append(argument.with_changes(comma=cst.Comma()))
+    comma = cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
+    elements = [e.with_changes(comma=comma) for e in before]
+    more = more.with_changes(
+        value=more.value.with_changes(elements=[*elements, *more.value.elements])
     )
+    both = call.with_changes(args=[*kept, more])
     return edit.replace(old, lambda n: both if edit.is_call(n, "WeightsMapper") else None)
 
 

@@ -1,0 +1,136 @@
+"""Drafts and facts of models with recurrent layers: read from source, no vLLM."""
+
+import importlib
+from functools import cache
+
+import pytest
+
+from portkit.analysis.facts import facts_of
+from portkit.architectures import find_architecture
+from portkit.draft.outcome import DraftOutcome
+from portkit.draft.source_draft import draft_source_outcome
+from portkit.steps.copy.extract import extract
+from portkit.steps.copy.places import InTransformers
+
+
+@cache
+def copied(model: str) -> tuple[str, str]:
+    """(architecture, source in the copy state) of one of Transformers' models."""
+    found = find_architecture(model)
+    where = InTransformers(found.module)
+    code = extract(found.file.read_text(encoding="utf-8"), found.name, found.file.name, where)
+    return found.name, code.code
+
+
+def drafted(source: str, architecture: str, step: str) -> DraftOutcome:
+    module = importlib.import_module(f"portkit.steps.{step}.draft")
+    return draft_source_outcome(source, architecture, step, "modeling.py", module.draft_source)
+
+
+@cache
+def weights(model: str) -> str:
+    """Source after the last of the three steps that have a draft."""
+    architecture, source = copied(model)
+    for step in ("forward", "parallel", "weights"):
+        outcome = drafted(source, architecture, step)
+        assert outcome.status == "success", outcome.reason
+        ((_, source),) = outcome.files
+    return source
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "layer", "arguments"),
+    [
+        ("mamba", "mamba", "MambaMixer", {"use_rms_norm": "False"}),
+        ("falcon_mamba", "mamba", "MambaMixer", {"rms_norm_has_weight": "False"}),
+        ("jamba", "mamba", "MambaMixer", {"time_step_rank": "config.mamba_dt_rank"}),
+        ("mamba2", "mamba2", "MambaMixer2", {"n_groups": "config.n_groups"}),
+        ("bamba", "mamba2", "MambaMixer2", {"head_dim": "config.mamba_d_head"}),
+        ("lfm2", "short_conv", "ShortConv", {"dim": "config.hidden_size"}),
+        (
+            "qwen3_next",
+            "delta_net",
+            "QwenGatedDeltaNetAttention",
+            {"gqa_interleaved_layout": "True"},
+        ),
+        ("olmo_hybrid", "delta_net", "OlmoHybridGatedDeltaNetAttention", {}),
+    ],
+)
+def test_mixers_are_known_by_what_they_hold(
+    model: str, kind: str, layer: str, arguments: dict[str, str]
+) -> None:
+    architecture, source = copied(model)
+    (mixer,) = facts_of(source, architecture).recurrent
+    assert (mixer.kind, mixer.layer, mixer.why) == (kind, layer, "")
+    assert arguments.items() <= dict(mixer.arguments).items()
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("rwkv", "RWKV time mixing: vLLM has no such layer"),
+        ("recurrent_gemma", "RG-LRU"),
+        ("minimax", "linear attention with decay"),
+    ],
+)
+def test_what_vllm_has_no_layer_for_is_named_with_its_line(model: str, words: str) -> None:
+    architecture, source = copied(model)
+    outcome = drafted(source, architecture, "forward")
+    assert outcome.status == "failed"
+    assert words in outcome.reason and "line " in outcome.reason
+    assert "start from vLLM's" in outcome.reason
+
+
+@pytest.mark.parametrize(
+    ("model", "interface"),
+    [("mamba2", "IsAttentionFree"), ("bamba", "IsHybrid"), ("lfm2", "IsHybrid")],
+)
+def test_the_class_tells_the_engine_about_its_state(model: str, interface: str) -> None:
+    text = weights(model)
+    assert f"HasInnerState, {interface}" in text
+    assert "get_mamba_state_shape_from_config" in text
+    assert "create_recurrent_attention_mask" not in text
+
+
+def test_renamed_parameters_and_fused_ones_share_a_mapper() -> None:
+    text = weights("bamba")
+    assert '".A_log": ".A",' in text
+    assert '".q_proj": (".qkv_proj", "q"),' in text
+    assert text.count("WeightsMapper(") == 1
+
+
+def test_a_norm_over_all_channels_replaces_the_one_over_groups() -> None:
+    """MambaMixer2 norms each group of channels; these models norm all channels together."""
+    assert "self.mamba.norm = Mixer2RMSNormGated(" in weights("bamba")
+
+
+def test_a_layer_class_for_each_kind_of_layer() -> None:
+    architecture, source = copied("jamba")
+    layers = facts_of(source, architecture).layers
+    assert {(bool(x.attention_attr), bool(x.recurrent_attrs)) for x in layers} == {
+        (True, False),
+        (False, True),
+    }
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("scan_output = self.norm(scan_output, gate)", "scan_output = scan_output * gate", "norm"),
+        ("-torch.exp(self.A_log.float())", "-self.A_log.float()", "A is not -exp(A_log)"),
+        ("dt_softplus=True", "dt_softplus=False", "softplus"),
+        (
+            "gate, hidden_states_B_C, dt = projected_states.split(\n"
+            "            [self.intermediate_size, self.conv_dim,",
+            "hidden_states_B_C, gate, dt = projected_states.split(\n"
+            "            [self.conv_dim, self.intermediate_size,",
+            "order",
+        ),
+    ],
+)
+def test_a_mixer_that_computes_something_else_is_refused(old: str, new: str, words: str) -> None:
+    architecture, source = copied("mamba2")
+    assert old in source
+    outcome = drafted(source.replace(old, new), architecture, "forward")
+    assert outcome.status == "failed"
+    assert words in outcome.reason

@@ -9,6 +9,7 @@ from torch import nn
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
+from portkit.live.fused import fused_parts
 from portkit.live.trace import Captures
 from portkit.live.walk import Divergence, paired
 
@@ -32,7 +33,7 @@ class Evidence:
         self.theirs = theirs
         self.port = port
         self.original = original
-        self.packed = getattr(port, "packed_modules_mapping", None) or {}
+        self.packed = fused_parts(port)
         self.found: list[str] = []
         self.possible: list[str] = []
         self.call = ""
@@ -81,6 +82,14 @@ class Evidence:
             return False
         scale = float(b[:rows].abs().max()) or 1.0
         return bool((a[:rows] - b[:rows]).abs().max() <= NEAR * scale)
+
+    def _nearest(self, tried: dict[Any, torch.Tensor], target: torch.Tensor) -> Any:
+        """Return the key of what is nearest to the target, if it is near at all."""
+        near = {key: value for key, value in tried.items() if self._near(value, target)}
+        rows = len(target)
+        return min(
+            near, key=lambda key: float((near[key][:rows] - target).abs().max()), default=None
+        )
 
     def _ours(self) -> torch.Tensor:
         value = self._get(self.at.path, self.at.role)

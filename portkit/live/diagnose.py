@@ -237,14 +237,9 @@ class Diagnosis(Evidence):
             result = ACTIVATIONS[name](branches[which][1])
             return result * branches[1 - which][1] if product else result
 
-        order = range(len(branches))
-        right = next(
-            ((n, w) for w in order for n in ACTIVATIONS if self._near(tried(n, w), target)), None
-        )
-        used = next(
-            ((n, w) for w in order for n in ACTIVATIONS if self._near(tried(n, w), self._ours())),
-            None,
-        )
+        ways = [(n, w) for w in range(len(branches)) for n in ACTIVATIONS]
+        right = self._nearest({way: tried(*way) for way in ways}, target)
+        used = self._nearest({way: tried(*way) for way in ways}, self._ours())
         if right is None or used is None or used == right:
             return
         if used[1] != right[1]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import nn
 
 from portkit.live.diagnose import Diagnosis
 from portkit.live.engine import Engine, Prompt
+from portkit.live.fused import fused_parts
 from portkit.live.locate import Place, method_place, place_of
 from portkit.live.trace import Captures, trace_original, trace_port
-from portkit.live.walk import Divergence, Step, walk
+from portkit.live.walk import Divergence, Step, paired, walk
 
 ROLES = {
     "in": "the input of {path}",
@@ -51,6 +53,7 @@ def first_divergence(
             break
     if found is None:
         return {"path": "", "what": "", "causes": [], "where": "", "steps": _table(steps)}
+    found = _earlier(found, ours, theirs, engine.model, original)
     diagnosis = Diagnosis(found, ours, theirs, engine.model, original)
     causes = diagnosis.run()
     return {
@@ -73,7 +76,50 @@ def first_divergence(
         "proven": len(diagnosis.found),
         "where": _where(engine.model, original, found, diagnosis),
         "steps": _table(steps),
+        "walked": len(steps),
     }
+
+
+def _earlier(
+    found: Divergence, ours: Captures, theirs: Captures, port: nn.Module, original: nn.Module
+) -> Divergence:
+    """Return the same divergence at the module's input, if the module itself is right.
+
+    A small fault may pass at the input, below the tolerance, and show behind a large weight. So the
+    original's module is given the port's input: if that gives the port's output, the module is not
+    to blame.
+    """
+    mine = paired(ours, theirs, fused_parts(port), found.path, "in")
+    given = theirs.values.get((found.path, "in"))
+    module = dict(original.named_modules(remove_duplicate=False)).get(found.path)
+    output = paired(ours, theirs, fused_parts(port), found.path, "out")
+    if found.role != "out" or found.kind != "value" or module is None:
+        return found
+    if mine is None or given is None or output is None or mine.shape[1:] != given.shape[1:]:
+        return found
+    parameter = next(module.parameters())
+    try:
+        with torch.inference_mode():
+            again = module(mine.to(parameter.device, parameter.dtype)[None])[0].float().cpu()
+    except Exception:  # a module that needs more than its input
+        return found
+    rows = min(len(again), len(output), len(given))
+    left = float((again[:rows] - output[:rows]).abs().max())
+    if again.shape[1:] != output.shape[1:] or left > 0.05 * found.max_abs:
+        return found
+    distance = (mine[:rows] - given[:rows]).abs()
+    worst, scale = float(distance.max()), float(given[:rows].abs().max()) or 1.0
+    column = int(distance[found.position].argmax())
+    return replace(
+        found,
+        role="in",
+        max_abs=worst,
+        relative=worst / scale,
+        ours=tuple(float(v) for v in mine[found.position, column : column + 4]),
+        theirs=tuple(float(v) for v in given[found.position, column : column + 4]),
+        shape_ours=tuple(mine.shape),
+        shape_theirs=tuple(given.shape),
+    )
 
 
 def _where(port: nn.Module, original: nn.Module, found: Divergence, diagnosis: Diagnosis) -> str:

@@ -192,6 +192,7 @@ def start(
     *,
     loader: Literal["portkit", "port"],
     tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
     checkpoint: Path | None = None,
     **llm_options: Any,
 ) -> Iterator[Engine]:
@@ -224,9 +225,11 @@ def start(
         "num_gpu_blocks_override": 2 * (reach // profile.options["block_size"]) + 32,
         "load_format": portkit_loader.LOAD_FORMAT if loader == "portkit" else "safetensors",
         "tensor_parallel_size": tensor_parallel_size,
+        "pipeline_parallel_size": pipeline_parallel_size,
         **llm_options,
     }
-    if tensor_parallel_size > 1:
+    alone = tensor_parallel_size * pipeline_parallel_size == 1
+    if not alone:
         # The switch of `embedding_inputs` reaches only a runner in this process.
         options["enable_prompt_embeds"] = False
     _register_config(opened, port)
@@ -243,12 +246,14 @@ def start(
     if options["enforce_eager"]:
         # vLLM's sampler compiles small functions of its own: 12 s the first time, for nothing here.
         torch.compiler.set_stance("force_eager")
-    with forked_ranks() if tensor_parallel_size > 1 else nullcontext():
+    with nullcontext() if alone else forked_ranks():
         llm = LLM(str(opened.root), **options)
     engine = Engine(llm, port, opened, profile, cls, tensor_parallel_size)
     try:
+        if pipeline_parallel_size > 1:
+            llm.collective_rpc(_room_for_the_stage_before)
         engine._record_schedule()
-        if tensor_parallel_size == 1:
+        if alone:
             engine.runner.enable_prompt_embeds = False
         served = set(engine.on_model(_class_of))
         if served != {(cls.__module__, cls.__qualname__)}:
@@ -261,7 +266,7 @@ def start(
         yield engine
     finally:
         llm.llm_engine.engine_core.shutdown()
-        if tensor_parallel_size == 1:
+        if alone:
             cleanup_dist_env_and_memory()
 
 
@@ -293,6 +298,15 @@ def _register_config(checkpoint: Checkpoint, port: Port) -> None:
                 ):
                     AutoConfig.register(model_type, value)
                     return
+
+
+def _room_for_the_stage_before(worker: Any) -> None:
+    """Make the tensors that a later stage receives: vLLM's CPU runner forgets to, when eager."""
+    runner = worker.model_runner
+    if runner.intermediate_tensors is None:
+        runner.intermediate_tensors = runner.get_model().make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.dtype, device=runner.device
+        )
 
 
 def _class_of(model: nn.Module) -> tuple[str, str]:

@@ -7,10 +7,12 @@ a verdict is never older than the run it belongs to. Imports neither torch nor v
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from portkit.checks.results import source_hash
+from portkit.live.loads import coverage_problems
 
 if TYPE_CHECKING:
     from portkit.checks.base import CheckContext
@@ -25,6 +27,8 @@ class _Piece:
 
 
 _pieces: dict[str, _Piece] = {}
+_loaders: dict[str, tuple[str, str]] = {}
+"""Port folder -> (hash of what was judged, the loader that works for it)."""
 
 
 def gather(
@@ -46,3 +50,47 @@ def gather(
             del _pieces[name]
     piece.taken_by.add(check)
     return piece.result
+
+
+def loads_whole(context: CheckContext) -> bool:
+    """Whether the port's own load_weights takes every tensor whole and fills every parameter."""
+    found = context.live.run("coverage", progress=context.progress)
+    return found.ok and not (
+        found.value["whole"]["error"] or coverage_problems(found.value, context.port.source)
+    )
+
+
+def run_with_a_loader(
+    context: CheckContext,
+    start: Callable[[str], JobResult],
+    differs: Callable[[dict[str, Any]], int],
+) -> JobResult:
+    """Return what `start(loader)` found, with portkit's loader or else with the port's own.
+
+    A check of the model's code should not fail for what load_weights does; so portkit loads, by
+    name. But a finished port may need its own load_weights, where a fused tensor has to be taken
+    apart first: then what that loads counts. `differs` returns how much of a job's value is wrong,
+    0 for nothing. The choice is kept for the port as it is now.
+    """
+    if context.loader:
+        return start(context.loader)
+    root, key = str(context.port.root), source_hash(context.port)
+    held = _loaders.get(root)
+    if held and held[0] == key:
+        return start(held[1])
+    first = start("portkit")
+    if "def load_weights" not in context.port.source:
+        return first
+    wrong = differs(first.value) if first.ok else 1_000_000
+    if not wrong:
+        _loaders[root] = (key, "portkit")
+        return first
+    if first.status not in ("ok", "error"):
+        return first
+    second = start("port")
+    left = differs(second.value) if second.ok else wrong
+    # Where portkit's loader stops, a tensor may need the port's own, or be of a wrong size: vLLM's
+    # loaders cut what is too long without a word, so then only a run that is right counts.
+    better = left == 0 or (first.ok and left < wrong) or (second.ok and loads_whole(context))
+    _loaders[root] = (key, "port" if better else "portkit")
+    return second if better else first

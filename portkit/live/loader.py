@@ -24,6 +24,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from portkit.errors import PortkitError
 from portkit.live.checkpoint import Checkpoint, open_checkpoint
+from portkit.live.fused import fused_parts
 
 LOAD_FORMAT = "portkit"
 DERIVED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
@@ -79,7 +80,7 @@ def find_target(model: nn.Module, parameters: dict[str, torch.Tensor], name: str
     if name in parameters:
         return Target(name, None, ())
     parts = name.split(".")
-    for fused, members in (getattr(model, "packed_modules_mapping", None) or {}).items():
+    for fused, members in fused_parts(model).items():
         for position, part in enumerate(parts):
             if part not in members:
                 continue

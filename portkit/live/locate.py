@@ -9,6 +9,8 @@ from pathlib import Path
 
 from torch import nn
 
+from portkit.live.fused import fused_parts
+
 WINDOW = 60
 
 
@@ -52,7 +54,7 @@ def place_of(model: nn.Module, path: str, *, call: str = "") -> Place | None:
             break
         holder, depth = child, depth + 1
     names = [call] if call else [parts[-1] if depth == len(parts) - 1 else parts[depth]]
-    packed = getattr(model, "packed_modules_mapping", None) or {}
+    packed = fused_parts(model)
     names += [fused for fused, members in packed.items() if names[0] in members]
     return _in_class(type(holder), names)
 

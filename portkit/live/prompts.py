@@ -59,6 +59,11 @@ def prompts_for(port: Port, checkpoint: Checkpoint, *, longest: int) -> Prompts:
     )
 
 
+def noise_prompt(vocab: int) -> tuple[int, ...]:
+    """Return the prompt on which a model's own rounding is measured."""
+    return random_ids(vocab, SHORT, seed=48)
+
+
 def random_ids(vocab: int, count: int, *, seed: int) -> tuple[int, ...]:
     """Return `count` token ids below `vocab`, the same for the same seed."""
     generator = random.Random(seed)

@@ -6,6 +6,7 @@ edit of the port does not pay for them again. Nothing of the port is imported he
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import io
@@ -25,6 +26,8 @@ from portkit.live.checkpoint import Checkpoint
 from portkit.port import Port, write_atomically
 
 ATTENTION = "eager"
+SECOND_COPY = 100_000_000
+"""The most parameters that are copied to float64, to measure rounding."""
 
 
 class Reference:
@@ -70,6 +73,27 @@ class Reference:
 
         found = self._cached(f"greedy{count}", ids, compute)
         return tuple(int(t) for t in found["tokens"]), found["rows"]
+
+    def noise(self, ids: Sequence[int]) -> float:
+        """Return how far float32 itself is from float64, as a log-probability on this prompt.
+
+        It tells how much two right ways of computing may differ with these very weights. inf for a
+        model too large to hold a second time.
+        """
+
+        def compute() -> dict[str, np.ndarray]:
+            if sum(p.numel() for p in self.model.parameters()) > SECOND_COPY:
+                return {"rows": np.asarray([np.inf])}
+            exact = copy.deepcopy(self.model).double()
+            with torch.inference_mode():
+                logits = exact(input_ids=self._tensor(ids)[None], use_cache=False).logits[0]
+                rows = torch.log_softmax(logits.double(), -1).cpu().numpy()
+            return {"rows": np.abs(rows - self._rows(ids)).max(keepdims=True)}
+
+        try:
+            return float(self._cached("noise", ids, compute)["rows"].max())
+        except Exception:  # some models convert to float32 and cannot mix the two
+            return float("inf")
 
     def embeddings(self, ids: Sequence[int]) -> torch.Tensor:
         """Return float32 [n, hidden]: the `inputs_embeds` of these tokens, on the CPU."""

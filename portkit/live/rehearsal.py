@@ -24,15 +24,22 @@ WORKER = "portkit.live.shared_gpu.SharedGPUWorker"
 
 
 @contextmanager
-def rehearse(root: Path, ranks: int, **options: Any) -> Iterator[Engine]:
+def rehearse(root: Path, ranks: int, *, stages: int = 1, **options: Any) -> Iterator[Engine]:
     """Start the port on `ranks` ranks and yield the engine; `options` go to `engine.start`.
+
+    `stages`: pipeline stages, each with `ranks` ranks.
 
     Raises PortkitError, before anything starts, for a number of ranks that the config rules out.
     """
     port = Port(Path(root).resolve())
     checkpoint = open_checkpoint(options.get("checkpoint") or port.checkpoint)
     refuse(checkpoint.config, ranks)
-    with start(port.root, tensor_parallel_size=ranks, **{**placement(ranks), **options}) as engine:
+    with start(
+        port.root,
+        tensor_parallel_size=ranks,
+        pipeline_parallel_size=stages,
+        **{**placement(ranks * stages), **options},
+    ) as engine:
         yield engine
 
 

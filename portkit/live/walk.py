@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.attention import Attention
 
+from portkit.live.fused import fused_parts
 from portkit.live.trace import Captures
 
 
@@ -53,7 +54,7 @@ def walk(
 
     `tolerance` is relative to the largest value of the reference there.
     """
-    packed = getattr(port, "packed_modules_mapping", None) or {}
+    packed = fused_parts(port)
     modules = dict(port.named_modules(remove_duplicate=False))
     steps: list[Step] = []
     for (path, role), reference in theirs.values.items():

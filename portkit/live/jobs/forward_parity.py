@@ -21,7 +21,7 @@ from portkit.live.failure import describe
 from portkit.live.job import JobRequest
 from portkit.live.locate import place_of
 from portkit.live.parity import Comparison, compare, compare_decode
-from portkit.live.prompts import CELLS, Prompts, prompts_for, random_ids
+from portkit.live.prompts import CELLS, Prompts, noise_prompt, prompts_for, random_ids
 from portkit.live.reference import Reference
 from portkit.port import Port
 
@@ -67,11 +67,11 @@ class _Evidence:
         self.say = say
         self.trace = trace
         self.root = str(engine.port.root)
-        self.limit = engine.profile.logprobs
         self.longest = int(engine.llm.llm_engine.model_config.max_model_len)
         self.prompts: Prompts = prompts_for(engine.port, engine.checkpoint, longest=self.longest)
         self.reference = Reference(engine.port, engine.checkpoint, device=engine.profile.device)
         self.vocab = engine.vocab_size
+        self.limit = engine.profile.measured(self.reference.noise(noise_prompt(self.vocab)))
 
     def gather(self, stages: Sequence[str]) -> dict[str, Any]:
         value: dict[str, Any] = {
@@ -220,6 +220,7 @@ class _Evidence:
 
     def _far(self) -> dict[str, Any]:
         ids = self.prompts.far
+        limit = self.engine.profile.logprobs.value  # angles round more, the further out
         count = 4
         whole = len(ids) * self.vocab <= CELLS
         with self.engine.recorded_schedule() as steps:
@@ -228,7 +229,7 @@ class _Evidence:
         tokens, rows = self.reference.greedy(ids, count)
         cases = []
         if whole:
-            cases.append((self._compare(ids, generated.rows, ids), situation))
+            cases.append((self._compare(ids, generated.rows, ids, limit=limit), situation))
         cases.append(
             (
                 compare_decode(
@@ -236,7 +237,7 @@ class _Evidence:
                     generated,
                     tokens,
                     rows,
-                    self.limit.value,
+                    limit,
                     start=len(ids) - 1,
                 ),
                 situation,
@@ -296,10 +297,15 @@ class _Evidence:
     # ---- comparing ------------------------------------------------------------------------------
 
     def _compare(
-        self, ids: Sequence[int], ours: Any, reference: Sequence[int], how: str = ""
+        self,
+        ids: Sequence[int],
+        ours: Any,
+        reference: Sequence[int],
+        how: str = "",
+        limit: float = 0.0,
     ) -> Comparison:
         name = f"prompt of {len(ids)} tokens" + (f", {how}" if how else "")
-        return compare(name, ours, self.reference.logprobs(reference), self.limit.value)
+        return compare(name, ours, self.reference.logprobs(reference), limit or self.limit.value)
 
     def _judged(
         self, cases: list[tuple[Comparison, _Situation]], steps: list[dict[str, int]]

@@ -3,7 +3,8 @@
 args: "variant", "" for the port's checkpoint, "tied" or "untied" for one derived from it.
 value: returned (the names that load_weights returned, None if it returned none), nan (parameter ->
 elements that are still NaN), coverage, memory, error (what load_weights or vLLM's check raised),
-stopped (the engine ended after a bad load), cases, divergence, nan_case (one tensor with a NaN).
+stopped (the engine ended after a bad load), cases, divergence, misplaced (what does not hold its
+tensor), nan_case (one tensor with a NaN).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from portkit.live.job import JobRequest
 from portkit.live.jobs.rehearsal import compare_with_reference, diverges_at
 from portkit.live.loading import describe_load
 from portkit.live.memory import peak_of
+from portkit.live.misplaced import misplaced
 from portkit.live.reference import original_class
 from portkit.port import Port
 
@@ -59,6 +61,9 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
             if not value["nan"]:
                 # With NaN in a weight, everything after it differs: the coverage says more.
                 value["divergence"] = diverges_at(engine, cases, prompts)
+                if value["divergence"]:
+                    places = misplaced(engine.model, checkpoint)
+                    value["misplaced"] = [(str(p), p.wanted) for p in places]
     except Exception as error:
         # What stops a model that was not loaded whole is told by what was not loaded.
         if "error" not in value and not value.get("nan"):

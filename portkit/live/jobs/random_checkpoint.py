@@ -3,13 +3,15 @@
 A tiny model as Transformers initialises it is a bad oracle: unit norms, zero biases and flat
 attention hide most mistakes. This one is hardened: norm weights and biases are random, attention is
 sharp, KV heads are fewer than heads, head_dim is no quotient (but one that vLLM's kernels have),
-eps and rope_theta are not the defaults, soft caps and windows are small. Sizes are set where the
-config has the field; a config that refuses some of them keeps its own.
+eps and rope_theta are not the defaults, soft caps and windows are small, multipliers are not 1.
+Sizes are set where the config has the field; a config that refuses some of them keeps its own.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -104,20 +106,32 @@ HARD: dict[str, Any] = {
     "qk_layernorm": True,
     "use_qk_norm": True,
     "clip_qkv": 1.5,
+    "sliding_window": 24,
+    "attention_multiplier": 0.1,
 }
 """Values that make mistakes show; dropped one by one if the class refuses them."""
-OPTIONAL = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "clip_qkv")
+EPS, HARD_EPS = re.compile(r"(^|_)eps(ilon)?$"), 1e-2
+"""An eps that can be told from the default, under any name."""
+SCALE, HARD_SCALE = re.compile(r"_multiplier$|scal(e|ing)(_factor)?$"), 0.75
+"""A factor that is 1 by default hides that nobody applies it."""
+OPTIONAL = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "clip_qkv", "sliding_window")
 """Fields that are set even where the config's default is None."""
 NO_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 
 
 def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
-    """Write the checkpoint of `args["architecture"]` (`args["model_type"]`) to `args["out"]`."""
+    """Write the checkpoint of `args["architecture"]` (`args["model_type"]`) to `args["out"]`.
+
+    args: "set", config fields with values of one's own; "activations", how large the hidden states
+    are ("small", "usual" or "large"); "hard", False for what Transformers initialises, the bad
+    oracle that many tests use.
+    """
+    own, hard = dict(request.args.get("set") or {}), bool(request.args.get("hard", True))
     architecture = str(request.args["architecture"])
     out = Path(str(request.args["out"]))
     cls = getattr(transformers, architecture)
     torch.manual_seed(SEED)
-    model, kept = _smallest_that_works(cls, str(request.args["model_type"]), say)
+    model, kept = _smallest_that_works(cls, str(request.args["model_type"]), own, hard, say)
     size = sum(p.numel() for p in model.parameters())
     if size > MAX_PARAMETERS:
         raise PortkitError(
@@ -125,7 +139,8 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
             "config of " + architecture,
             "Give a small checkpoint of your own: `--checkpoint DIR`.",
         )
-    _harden(model)
+    if hard:
+        _harden(model, ACTIVATIONS[str(request.args.get("activations", "usual"))])
     model.save_pretrained(out, max_shard_size=max(size * 4 // 3, 1))
     config = json.loads((out / "config.json").read_text())
     config["architectures"] = [architecture]
@@ -134,23 +149,18 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _smallest_that_works(
-    cls: type, model_type: str, say: Callable[[str], None]
+    cls: type,
+    model_type: str,
+    own: dict[str, Any],
+    hardened: bool,
+    say: Callable[[str], None],
 ) -> tuple[torch.nn.Module, list[str]]:
     """Return a model that computes, with as many of the wished values as it takes."""
     config_class = cls.config_class or type(AutoConfig.for_model(model_type))
     default = config_class()
     fields = {k: v for k, v in default.to_dict().items() if v is not None or k in OPTIONAL}
     sizes = {k: v for k, v in SIZES.items() if isinstance(fields.get(k, ""), (int, type(None)))}
-    hard = {k: v for k, v in HARD.items() if k in fields}
-    hard |= _windows(fields) | _hybrid(default, fields) | _multipliers(fields)
-    if "kv_lora_rank" in fields:  # latent attention: every head has its key, a part of it rotated
-        hard["head_dim"] = sizes.get("qk_rope_head_dim", 32)
-        hard.pop("num_key_value_heads", None)
-    rope = fields.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        hard["rope_parameters"] = {**rope, "rope_theta": 20000.0, **_near(rope)}
-    elif "rope_theta" in fields:
-        hard["rope_theta"] = 20000.0
+    hard = _hard_values(default, fields, sizes.get("qk_rope_head_dim", 32)) if hardened else {}
     problem: Exception | None = None
     for dropped in _fewer(list(hard)):
         values = {**sizes, **{k: v for k, v in hard.items() if k not in dropped}}
@@ -159,6 +169,7 @@ def _smallest_that_works(
         values = {
             **values,
             **_lists(default, {**fields, **hard}, sizes.get("num_hidden_layers", 3)),
+            **own,
         }
         for name in NO_TOKENS:
             if isinstance(fields.get(name), int) and fields[name] >= SIZES["vocab_size"]:
@@ -180,6 +191,26 @@ def _smallest_that_works(
     )
 
 
+def _hard_values(default: Any, fields: dict[str, Any], rotated_part: int) -> dict[str, Any]:
+    """Return the fields' values that make mistakes show: known names first, then kinds of names."""
+    hard = _multipliers(fields)
+    hard |= {k: v for k, v in HARD.items() if k in fields}
+    hard |= _windows(fields) | _hybrid(default, fields)
+    if "kv_lora_rank" in fields:  # latent attention: every head has its key, a part of it rotated
+        hard["head_dim"] = rotated_part
+        hard.pop("num_key_value_heads", None)
+    for name, value in fields.items():
+        if isinstance(value, float) and EPS.search(name) and value < HARD_EPS:
+            hard.setdefault(name, HARD_EPS)
+    rope = fields.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        part = {"partial_rotary_factor": 0.5} if rope.get("partial_rotary_factor") == 1.0 else {}
+        hard["rope_parameters"] = {**rope, **part, "rope_theta": 20000.0, **_near(rope)}
+    elif "rope_theta" in fields:
+        hard["rope_theta"] = 20000.0
+    return hard
+
+
 def _hybrid(default: Any, fields: dict[str, Any]) -> dict[str, Any]:
     """Give a model with recurrent layers both kinds where its default has only one."""
     if "conv_L_cache" in fields:
@@ -197,8 +228,8 @@ def _multipliers(fields: dict[str, Any]) -> dict[str, Any]:
     """Make factors that are one by default something else: a forgotten one must show."""
     found: dict[str, Any] = {}
     for name, value in fields.items():
-        if name.endswith("_multiplier") and value == 1.0:
-            found[name] = 0.75
+        if isinstance(value, float) and SCALE.search(name) and value == 1.0:
+            found[name] = HARD_SCALE
         elif name.endswith("_multipliers") and isinstance(value, list) and set(value) == {1.0}:
             found[name] = [0.75 + 0.125 * i for i in range(len(value))]
     return found
@@ -221,10 +252,9 @@ def _windows(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fewer(names: list[str]) -> Iterable[set[str]]:
-    """Yield which wishes to drop: none, each alone, then all."""
-    yield set()
-    for name in names:
-        yield {name}
+    """Yield which wishes to drop: none, each alone, any two, then all."""
+    for count in (0, 1, 2):
+        yield from map(set, itertools.combinations(names, count))
     yield set(names)
 
 
@@ -244,7 +274,12 @@ def _lists(default: Any, fields: dict[str, Any], layers: int) -> dict[str, Any]:
     return found
 
 
-def _harden(model: torch.nn.Module) -> None:
+ACTIVATIONS = {"small": 0.02, "usual": 1.0, "large": 12.0}
+"""Standard deviation of embeddings. Where they are small an eps shows, where they are large a sum
+that overflows or loses its small part; between them everything else does."""
+
+
+def _harden(model: torch.nn.Module, spread: float) -> None:
     """Give every parameter values that a mistake with it would show in the output."""
     generator = torch.Generator().manual_seed(SEED)
     for name, parameter in model.named_parameters():
@@ -256,7 +291,7 @@ def _harden(model: torch.nn.Module) -> None:
             elif parameter.dim() <= 1:
                 parameter.add_(0.3 * noise)
             elif "embed" in name or "wte" in name or "wpe" in name:
-                parameter.copy_(noise)
+                parameter.copy_(spread * noise)
             else:
                 # Twice the usual spread: attention that is sharp, logits that are apart.
                 parameter.copy_(2.0 * noise / max(parameter.shape[-1], 1) ** 0.5)

@@ -1,6 +1,6 @@
 """Job: run the port on N tensor-parallel ranks and compare with Transformers.
 
-args: "ranks"; "loader", "portkit" (default) or "port"; "decoded", greedy tokens after each text.
+args: "ranks"; "stages", of a pipeline (default 1); "loader", "portkit" (default) or "port".
 value: how, ranks, tolerance, cases (parity.Comparison), collectives (per
 rank: module -> call -> count, of one forward of one prompt), load (the portkit loader's report, one
 rank only), divergence (one rank only, if something differs).
@@ -28,18 +28,21 @@ DECODED = 6
 def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     """Rehearse and compare; what the port's code raises passes through."""
     args = request.args
-    ranks = int(args["ranks"])
+    ranks, stages = int(args["ranks"]), int(args.get("stages", 1))
     port = Port(Path(request.port_root))
-    say(f"starting vLLM on {how(ranks)}")
-    with rehearse(port.root, ranks, loader=args.get("loader", "portkit")) as engine:
-        say(f"comparing with Transformers on {how(ranks)}")
+    place = how(ranks * stages)
+    say(f"starting vLLM on {place}")
+    with rehearse(port.root, ranks, stages=stages, loader=args.get("loader", "portkit")) as engine:
+        say(f"comparing with Transformers on {place}")
         cases, prompts = compare_with_reference(engine)
         value: dict[str, Any] = {
-            "how": how(ranks),
+            "how": place,
             "ranks": ranks,
             "tolerance": [engine.profile.logprobs.value, engine.profile.logprobs.reason],
             "cases": [case.to_dict() for case in cases],
         }
+        if stages > 1:
+            return value
         engine.on_model(start_counting)
         engine.generate([prompts[0]])
         value["collectives"] = engine.on_model(stop_counting)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from portkit.checks.base import Check, CheckContext
 from portkit.checks.results import source_hash
 from portkit.checks.verdict import Verdict
+from portkit.live.evidence import run_with_a_loader
 from portkit.live.job import JobResult
 from portkit.port import Port
 from portkit.steps.forward.evidence import cases_table, edit, numbers, top_table, walk_table
@@ -27,9 +28,13 @@ def evidence(context: CheckContext, *, afresh: bool = False) -> JobResult:
     held = EVIDENCE.get(root)
     if held and held[0] == state and not afresh:
         return held[1]
-    result = context.live.run(
-        "forward_parity", timeout=300.0, progress=context.progress, loader=loader
-    )
+
+    def start(loader: str) -> JobResult:
+        return context.live.run(
+            "forward_parity", timeout=300.0, progress=context.progress, loader=loader
+        )
+
+    result = run_with_a_loader(context, start, _wrong)
     if result.ok:
         EVIDENCE[root] = (state, result)
     else:
@@ -41,6 +46,17 @@ def held_evidence(port: Port, loader: str) -> JobResult | None:
     """Return the evidence that checks gathered on the port as it is now, or None."""
     held = EVIDENCE.get(f"{port.root} {loader}")
     return held[1] if held and held[0] == source_hash(port) else None
+
+
+def _wrong(value: dict[str, Any]) -> int:
+    """Return how much of the evidence is wrong: the earlier the first module, the more."""
+    starts = value["starts"]
+    if "error" in starts or starts["load"].get("left_over"):
+        return 100_000
+    stages = [part for part in value.values() if isinstance(part, dict) and part is not starts]
+    failed = [s for s in stages if "error" in s or not all(c["ok"] for c in s.get("cases", ()))]
+    walked = min((s.get("divergence", {}).get("walked", 0) for s in failed), default=0)
+    return 10_000 * len(failed) - min(walked, 9_999)
 
 
 class Parity(Check):

@@ -9,7 +9,7 @@ from portkit.checks.verdict import Table, Verdict
 from portkit.errors import PortkitError
 from portkit.live import layers
 from portkit.live.checkpoint import open_checkpoint
-from portkit.live.evidence import gather
+from portkit.live.evidence import gather, run_with_a_loader
 from portkit.live.job import JobResult
 from portkit.live.rank_counts import possible, refusal
 from portkit.port import Port
@@ -52,18 +52,22 @@ class _Rehearsal(Check):
                 f"This model cannot run on {self.ranks} ranks: {reason}. It allows {allowed}."
             )
         layout = gather(context, self.id, "layout")
-        job = gather(
-            context,
-            self.id,
-            "rehearsal",
-            timeout=self.timeout,
-            ranks=self.ranks,
-            loader=loader_of(context),
-        )
+
+        def start(loader: str) -> JobResult:
+            return gather(
+                context,
+                self.id,
+                "rehearsal",
+                timeout=self.timeout,
+                ranks=self.ranks,
+                loader=loader,
+            )
+
+        job = run_with_a_loader(context, start, _wrong)
         if not job.ok:
             return self._stopped(context, job, layout)
         found = job.value
-        tables = [_cases(found)]
+        tables = [cases_table(found)]
         talks = []
         if layout.ok and self.ranks > 1:
             talks = layers.talks(layout.value, found["collectives"][0])
@@ -221,12 +225,13 @@ class RehearsalTp4(_Rehearsal):
     ranks = 4
 
 
-def loader_of(context: CheckContext) -> str:
-    """The port's own load_weights once there is one, portkit's loader before."""
-    return context.loader or ("port" if "def load_weights" in context.port.source else "portkit")
+def _wrong(value: dict[str, Any]) -> int:
+    """Return how many prompts differ, fewer the further the first diverging module."""
+    bad = sum(not case["ok"] for case in value["cases"])
+    return bad and 10_000 * bad - min((value.get("divergence") or {}).get("walked", 0), 9_999)
 
 
-def _cases(found: dict[str, Any]) -> Table:
+def cases_table(found: dict[str, Any]) -> Table:
     return Table(
         "Against Transformers",
         ("prompt", "positions", "largest difference", "within tolerance"),

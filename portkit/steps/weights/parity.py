@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from portkit.checks.base import Check, CheckContext
 from portkit.checks.verdict import Table, Verdict
 from portkit.live import loads
@@ -27,6 +29,16 @@ def line_of_loading(port: Port) -> str:
     return place(port, lines[-1] if lines else 0)
 
 
+def line_of_mapping(port: Port, tensor: str) -> str:
+    """Return the place of the mapper's row for a tensor; of load_weights if there is none."""
+    own = {f".{part}" for part in tensor.split(".") if not part.isdigit()}
+    for number, text in enumerate(port.source.splitlines(), 1):
+        row = re.match(r"""\s*["'](\.?\w+)["']:\s*\(?["']""", text)
+        if row and f".{row[1].strip('.')}" in own:
+            return place(port, number)
+    return line_of_loading(port)
+
+
 class _Parity(Check):
     """What the comparisons after loading have in common."""
 
@@ -49,11 +61,16 @@ class _Parity(Check):
             f"{worst['max_abs']:.3g} from position {worst['position']} on (tolerance "
             f"{found['tolerance'][0]:g})."
         )
-        where = line_of_loading(context.port)
-        if trace.get("what"):
+        # Loaded by portkit the same model was right (step parallel), so its modules are.
+        where = line_of_mapping(context.port, trace.get("path", ""))
+        misplaced = found.get("misplaced") or []
+        if misplaced:
+            what += f" {misplaced[0][0]}."
+            where = line_of_mapping(context.port, misplaced[0][1])
+        elif trace.get("what"):
             what += f" First diverging module: {trace['path']}: {trace['what']}."
-            where = trace["where"] or where
         causes = [
+            *(f"swapped or sent to another name: {text}" for text, _ in misplaced[:1]),
             *trace.get("causes", ()),
             *(loads.MISPLACED if self.ranks == 1 else loads.MISPLACED_ON_RANKS),
         ]

@@ -1,0 +1,31 @@
+"""Which layers of the checkpoint each fused layer of the port holds.
+
+`packed_modules_mapping` says it; where it is silent, the port's own weights mapper does, so that a
+missing entry does not look like a missing layer: that it is missing is for the check `prefixes`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+ORDER = ("q", "k", "v")
+
+
+def fused_parts(model: Any) -> dict[str, list[str]]:
+    """Return attribute name -> names of its parts, in order; `model` is a model or its class."""
+    declared = dict(getattr(model, "packed_modules_mapping", None) or {})
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    parts: dict[str, list[tuple[Any, str]]] = {}
+    for old, (new, shard) in (getattr(mapper, "orig_to_new_stacked", None) or {}).items():
+        name = new.strip(".").rpartition(".")[2]
+        if name not in declared and isinstance(shard, int | str):
+            parts.setdefault(name, []).append((shard, old.strip(".").rpartition(".")[2]))
+    found = {
+        name: [part for _, part in sorted(members, key=lambda m: _place(m[0]))]
+        for name, members in parts.items()
+    }
+    return declared | found
+
+
+def _place(shard: int | str) -> int:
+    return ORDER.index(shard) if shard in ORDER else int(shard) if str(shard).isdigit() else 99

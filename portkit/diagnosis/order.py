@@ -30,11 +30,19 @@ ORDER = (
     "rehearsal_tp2",
     "impossible_ranks",
     "rehearsal_tp4",
+    "rehearsal_pp2",
     "quantised_run",
     "bad_checkpoints",
     "load_memory",
 )
-SLOW = ("rehearsal_tp4", "quantised_run", "bad_checkpoints", "load_memory", "impossible_ranks")
+SLOW = (
+    "rehearsal_tp4",
+    "rehearsal_pp2",
+    "quantised_run",
+    "bad_checkpoints",
+    "load_memory",
+    "impossible_ranks",
+)
 """Left out by `quick`: they seldom fail alone."""
 SAME_AS = {"rehearsal_tp1": "prefill_parity", "load_parity": "prefill_parity"}
 """Required check -> the one that stands for it here."""

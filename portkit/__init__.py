@@ -15,6 +15,7 @@ _HOMES = {
     "adopt": "portkit.adopt",
     "diagnose": "portkit.diagnosis.run",
     "begin": "portkit.notebook",
+    "begin_diagnosis": "portkit.clinic",
     "Session": "portkit.notebook",
     "new_port": "portkit.create",
     "open_port": "portkit.port",
@@ -36,6 +37,7 @@ __all__ = [
     "adopt",
     "apply_draft",
     "begin",
+    "begin_diagnosis",
     "diagnose",
     "draft_step",
     "find_port",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from portkit.adopt import adopt
     from portkit.autopilot import walk
     from portkit.checks.runner import run_checks
+    from portkit.clinic import begin_diagnosis
     from portkit.create import new_port
     from portkit.diagnosis.run import diagnose
     from portkit.draft.pipeline import apply_draft, draft_step

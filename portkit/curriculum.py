@@ -50,6 +50,23 @@ def steps() -> tuple[Step, ...]:
     )
 
 
+@dataclass(frozen=True)
+class Beside:
+    """A notebook that is no step of the guide."""
+
+    id: str
+    notebook: str
+    title: str
+    minutes: int
+
+
+@cache
+def beside() -> tuple[Beside, ...]:
+    """Return the notebooks that are no steps, in order."""
+    data = tomllib.loads((Path(__file__).parent / "curriculum.toml").read_text())
+    return tuple(Beside(**row) for row in data["beside"])
+
+
 def step(name: str | int) -> Step:
     """Return the step with this id, number or notebook name; raise PortkitError if none has it."""
     for candidate in steps():

@@ -39,7 +39,7 @@ def begin(step_id: str, port: str | Path | Port | None = None) -> Session:
     """
     step = step_of(step_id)
     if not isinstance(port, Port):
-        port = _port_or_new(port)
+        port = port_or_new(port)
     session = Session(step, port)
     if autopilot_on():
         session.catch_up()
@@ -47,7 +47,8 @@ def begin(step_id: str, port: str | Path | Port | None = None) -> Session:
     return session
 
 
-def _port_or_new(given: str | Path | None) -> Port:
+def port_or_new(given: str | Path | None) -> Port:
+    """Return the port that is meant; if there is none at all, make one of PORTKIT_MODEL."""
     try:
         return ports.find_port(given)
     except PortkitError:
@@ -58,7 +59,7 @@ def _port_or_new(given: str | Path | None) -> Port:
         return autopilot.port_for_model(model, progress=ongoing.say)
 
 
-def _told(method: Callable[..., Report]) -> Callable[..., Report]:
+def told(method: Callable[..., Report]) -> Callable[..., Report]:
     """Show a PortkitError as a report; in autopilot let it stop the notebook."""
 
     @functools.wraps(method)
@@ -82,7 +83,7 @@ class Session:
 
     # ---- look -------------------------------------------------------------------------------
 
-    @_told
+    @told
     def where(self) -> Report:
         """Show the port, the step and what should come first."""
         missing = autopilot.to_catch_up(self.port, self.step.id)
@@ -91,21 +92,21 @@ class Session:
             self.step, port.root, port.architecture, port.modeling, missing, autopilot_on()
         )
 
-    @_told
+    @told
     def doctor(self) -> Report:
         """Show what is installed and what the machine has, with a remedy where it falls short."""
         from portkit.steps.choose.doctor import examine
 
         return overview.doctor_report(examine())
 
-    @_told
+    @told
     def look(self) -> Report:
         """Show what the model is made of, read from the source without running it."""
         from portkit.look import model_of
 
         return model_of(self.port)
 
-    @_told
+    @told
     def show(self, symbol: str = "") -> Report:
         """Show the port's own code: the classes and functions whose name ends so, with their tasks.
 
@@ -117,7 +118,7 @@ class Session:
 
     # ---- edit -------------------------------------------------------------------------------
 
-    @_told
+    @told
     def edit(self) -> Report:
         """Show the file to edit and its places; in autopilot apply the draft."""
         before = Report(())
@@ -130,21 +131,21 @@ class Session:
                 )
         return before + overview.edit_report(self.port.modeling, self.port.root, self._findings())
 
-    @_told
+    @told
     def tasks(self) -> Report:
         """Show what the rules of this step find in the port, at their lines."""
         from portkit.look import tasks_of
 
         return tasks_of(self.port, self.step)
 
-    @_told
+    @told
     def fix(self, rule: str | None = None, unsafe: bool = False) -> Report:
         """Apply the safe fixes of this step's rules (or one rule's); `undo` takes them back."""
         from portkit.lint.engine import fix
 
         return overview.fixed_report(fix(self.port, rule, unsafe=unsafe), len(self._findings()))
 
-    @_told
+    @told
     def decide(self, destination: str, reason: str) -> Report:
         """Write into port.toml where the port will live: "out_of_tree" or "in_tree", and why."""
         from portkit.create import decide
@@ -154,7 +155,7 @@ class Session:
 
     # ---- check ------------------------------------------------------------------------------
 
-    @_told
+    @told
     def check(self, *only: str) -> Report:
         """Run this step's checks in the real vLLM; passing all of them commits the step."""
         if not checks_of(self.step):
@@ -181,14 +182,14 @@ class Session:
             )
         return report
 
-    @_told
+    @told
     def last(self) -> Report:
         """Show the verdicts of the last run, and which are out of date; runs nothing."""
         return overview.saved_report(last_verdicts(self.port, self.step))
 
     # ---- help -------------------------------------------------------------------------------
 
-    @_told
+    @told
     def hint(self, about: str = "", level: str = "nudge") -> Report:
         """Help for a check id, a rule id or a symptom; level: nudge, pointer or answer.
 
@@ -212,22 +213,22 @@ class Session:
         own = {h.key: h for h in hints.hints_of(self.step.id)}
         return tuple(own[r] for r in dict.fromkeys(rules) if r in own)[:1]
 
-    @_told
+    @told
     def draft(self) -> Report:
         """Show a solution for this very model as a diff; nothing is changed."""
         return render.outcome_report(draft_step(self.port, self.step.id), self.port.root)
 
-    @_told
+    @told
     def apply(self) -> Report:
         """Write the draft into the port, after committing what is there; `undo` takes it back."""
         return render.outcome_report(apply_draft(self.port, self.step.id), applied=True)
 
-    @_told
+    @told
     def undo(self) -> Report:
         """Take back the last fix, draft or apply."""
         return render.text_report(Line(f"Taken back: {self.port.undo()}", "passed"))
 
-    @_told
+    @told
     def catch_up(self) -> Report:
         """Start cold: apply the drafts of the steps before this one that were not done yet."""
         done = Report(())
@@ -246,14 +247,14 @@ class Session:
 
     # ---- recap ------------------------------------------------------------------------------
 
-    @_told
+    @told
     def diff(self) -> Report:
         """Show what this step changed in the port so far."""
         return render.diff_report(
             autopilot.diff_of_step(self.port, self.step), f"step {self.step.number}: {self.step.id}"
         )
 
-    @_told
+    @told
     def recap(self) -> Report:
         """Show all steps: passed, tasks left, last verdicts."""
         return overview.status_report(status_of(self.port))

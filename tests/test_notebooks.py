@@ -16,8 +16,9 @@ import nbformat
 import pytest
 
 from portkit.checks.runner import checks_of
+from portkit.clinic import Examination
 from portkit.create import new_port
-from portkit.curriculum import steps
+from portkit.curriculum import Beside, Step, beside, steps
 from portkit.hints import hints_of
 from portkit.notebook import Session
 
@@ -27,7 +28,7 @@ BY_ID = pytest.mark.parametrize("step", STEPS, ids=lambda s: s.id)
 SECTIONS = ("Look", "Edit", "Tasks", "Check", "Help", "Recap")
 
 
-def cells(step, kind: str) -> list[str]:
+def cells(step: Step | Beside, kind: str) -> list[str]:
     book = nbformat.read(NOTEBOOKS / step.notebook, as_version=4)
     return [cell.source for cell in book.cells if cell.cell_type == kind]
 
@@ -36,7 +37,8 @@ def cells(step, kind: str) -> list[str]:
 
 
 def test_each_step_has_its_notebook_and_there_is_no_other():
-    assert {p.name for p in NOTEBOOKS.glob("*.ipynb")} == {s.notebook for s in STEPS}
+    known = {s.notebook for s in STEPS} | {b.notebook for b in beside()}
+    assert {p.name for p in NOTEBOOKS.glob("*.ipynb")} == known
 
 
 @BY_ID
@@ -71,7 +73,14 @@ def test_its_sections_come_in_order(step):
 
 @BY_ID
 def test_code_is_short_calls_and_nothing_else(step):
-    for source in cells(step, "code"):
+    only_short_calls(step)
+    setup = cells(step, "code")[0]
+    assert setup == f'from portkit import begin\nstep = begin("{step.id}")'
+    assert cells(step, "code").count("step.check()") == 1
+
+
+def only_short_calls(book: Step | Beside) -> None:
+    for source in cells(book, "code"):
         assert len(source.splitlines()) <= 12
         assert not re.search(r"^\s*[!%]", source, re.M), "no shell, no magics"
         for node in ast.walk(ast.parse(source)):
@@ -80,9 +89,24 @@ def test_code_is_short_calls_and_nothing_else(step):
             )
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 assert getattr(node, "module", "") == "portkit"
-    setup = cells(step, "code")[0]
-    assert setup == f'from portkit import begin\nstep = begin("{step.id}")'
-    assert cells(step, "code").count("step.check()") == 1
+
+
+@pytest.mark.parametrize("book", beside(), ids=lambda b: b.id)
+def test_a_notebook_that_is_no_step_keeps_the_grammar(book):
+    """Title, goal, time; short calls of what an examination has; help by symptom; links resolve."""
+    first = cells(book, "markdown")[0]
+    for part in (book.title, "**Goal:**", f"about {book.minutes} minutes"):
+        assert part in first
+    only_short_calls(book)
+    code, prose = "\n".join(cells(book, "code")), "\n".join(cells(book, "markdown"))
+    assert code.startswith("from portkit import begin_diagnosis\nexam = begin_diagnosis()")
+    calls = re.findall(r"exam\.(\w+)\(", code + prose)
+    assert calls and not [c for c in calls if not callable(getattr(Examination, c, None))]
+    assert "Helium" not in code
+    assert prose.count("<details><summary>Help - ") == prose.count("</details>") >= 4
+    local = [t for t in re.findall(r"\]\(([^)]+)\)", prose) if not t.startswith("http")]
+    assert local and not [t for t in local if not (NOTEBOOKS / t).is_file()]
+    assert book.notebook in "\n".join(cells(STEPS[-1], "markdown")), "nothing leads there"
 
 
 @BY_ID
@@ -202,10 +226,14 @@ def outputs(path: Path) -> dict[str, str]:
 @pytest.mark.vllm
 @pytest.mark.timeout(2400)
 def test_by_autopilot_all_notebooks_pass_on_a_fresh_port(tmp_path):
-    done = nbmake(tmp_path, [s.notebook for s in STEPS], autopilot=True, timeout=600)
+    names = [*(s.notebook for s in STEPS), *(b.notebook for b in beside())]
+    done = nbmake(tmp_path, names, autopilot=True, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:]
     last = outputs(tmp_path / "done" / STEPS[-1].notebook)
     assert "✗" not in last["step.check()"]
+    diagnosed = outputs(tmp_path / "done" / "08_diagnose.ipynb")
+    assert "Nothing is wrong" in diagnosed["exam.diagnose()"]
+    assert "✓ heals" in diagnosed["exam.break_copy()"]
 
 
 @pytest.mark.notebooks
@@ -214,7 +242,8 @@ def test_by_autopilot_all_notebooks_pass_on_a_fresh_port(tmp_path):
 def test_without_autopilot_they_run_through_and_each_check_fails_with_a_message(tmp_path):
     """Nothing was edited: no cell raises, every step's check says what is wrong and what to do."""
     new_port("helium", architecture="helium", root=tmp_path / "ports")
-    done = nbmake(tmp_path, [s.notebook for s in STEPS], autopilot=False, timeout=300)
+    names = [*(s.notebook for s in STEPS), *(b.notebook for b in beside())]
+    done = nbmake(tmp_path, names, autopilot=False, timeout=300)
     assert done.returncode == 0, done.stdout[-6000:]
     for step in STEPS:
         shown = outputs(tmp_path / "done" / step.notebook)["step.check()"]

@@ -61,6 +61,8 @@ PARALLEL = re.compile(r"\b(QKV|MergedColumn|Column|Row)ParallelLinear\b")
 TOPICS: dict[str, tuple[str, ...]] = {
     "logits": ("head", "norm"),
     "qk": ("rotary", "position", "norm", "qkv", "bias"),
+    # Position 0 is turned by no angle: what is wrong there already is no rotation.
+    "qk at 0": ("qkv", "norm", "bias", "rotary"),
     "v": ("qkv", "bias"),
     "attn": ("attention", "qkv", "rotary", "position"),
     "norm": ("norm", "norm-order"),
@@ -105,7 +107,7 @@ def topics_for(trace: dict[str, Any], check: str) -> tuple[str, ...]:
     if kind == "logits":
         then = TOPICS["logits"]
     elif role in ("q", "k"):
-        then = TOPICS["qk"]
+        then = TOPICS["qk" if trace.get("first_ok") else "qk at 0"]
     elif role == "out" and "norm" in name:
         then = TOPICS["norm"]
     elif role == "out" and ("embed" in name or name in ("wte", "wpe")):

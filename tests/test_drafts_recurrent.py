@@ -104,6 +104,13 @@ def test_a_norm_over_all_channels_replaces_the_one_over_groups() -> None:
     assert "self.mamba.norm = Mixer2RMSNormGated(" in weights("bamba")
 
 
+def test_a_factor_on_each_channel_of_the_projection_is_divided_among_the_ranks() -> None:
+    text = weights("falcon_h1")
+    assert "compute_mup_vector(config)" in text
+    assert ".chunk(tp_size)[tp_rank]" in text
+    assert "mup_vector=self.mup_vector" in text
+
+
 def test_a_layer_class_for_each_kind_of_layer() -> None:
     architecture, source = copied("jamba")
     layers = facts_of(source, architecture).layers

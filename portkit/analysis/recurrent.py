@@ -49,6 +49,8 @@ class RecurrentFacts:
     """Epsilon of a gated norm over all channels, where vLLM's layer would norm each group."""
     in_scale: str = ""
     """Factor on the mixer's input, resolved; "" if none."""
+    channel_scale: tuple[str, str] | None = None
+    """(buffer, source text of its value) of a factor on each channel of the input projection."""
     sizes: tuple[tuple[str, str], ...] = ()
     """(name, source text) of sizes that vLLM's class reads from the config by itself."""
     stacked: tuple[tuple[str, str, int | tuple[int, ...]], ...] = ()

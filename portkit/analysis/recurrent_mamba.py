@@ -119,9 +119,10 @@ def _mamba2(reader: Reader, view: ClassView) -> RecurrentFacts:
         "use_rms_norm",
     )  # fmt: skip
     arguments = tuple((name, found[name]) for name in order if found.get(name))
+    scale, vector = _scales(reader, sizes)
     return RecurrentFacts(
         view.name, view.line, "mamba2", "MambaMixer2", arguments, renames=(_A,),
-        guards=tuple(guards), whole_norm=whole, in_scale=_in_scale(sizes),
+        guards=tuple(guards), whole_norm=whole, in_scale=scale, channel_scale=vector,
     )  # fmt: skip
 
 
@@ -231,21 +232,40 @@ def _gated_norm(
     return use, eps, "", guards
 
 
-def _in_scale(sizes: Sizes) -> str:
-    """A factor on the input before in_proj; other arithmetic there is refused."""
+def _scales(reader: Reader, sizes: Sizes) -> tuple[str, tuple[str, str] | None]:
+    """Factors on the input before in_proj (one number) and on what in_proj returns (a vector)."""
     forward = sizes.view.forward
     hidden = forward.args.args[1].arg
-    scale = ""
+    scale, vector = "", None
     for node in ast.walk(forward):
         if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp)):
             continue
         value, target = node.value, text(node.targets[0])
-        if isinstance(value.op, ast.Mult) and text(value.left) == target == hidden:
+        if not isinstance(value.op, ast.Mult) or text(value.left) != target:
+            continue
+        if target == hidden and text(value.right).startswith("self."):
             scale = sizes.resolved(value.right)
-        elif "self." in text(value.right) and text(value.left) == target:
-            what = text(value.right)
-            raise _Strange(f"it multiplies its projection by {what}, a vector of another class")
-    return scale
+        elif text(value.right).startswith("self."):
+            name = text(value.right).removeprefix("self.")
+            vector = (name, _registered_outside(reader, name))
+    return scale, vector
+
+
+def _registered_outside(reader: Reader, name: str) -> str:
+    """Value of a buffer that another class registers on its mixers: `f(config)`."""
+    for view in reader.module.classes.values():
+        for call in (n for n in ast.walk(view.init or view.node) if isinstance(n, ast.Call)):
+            registers = call_name(call).endswith(".register_buffer") and len(call.args) >= 2
+            if registers and text(call.args[0]) == repr(name) and "self." not in call_name(call):
+                value = call.args[1]
+                if call_name(value).endswith(".clone"):
+                    value = value.func.value
+                found = view.local.get(text(value), value)
+                if text(found).endswith("(config)"):
+                    return text(found)
+    raise _Strange(
+        f"it multiplies its projection by self.{name}, which is not made from the config"
+    )
 
 
 # ---- Mamba --------------------------------------------------------------------------------------

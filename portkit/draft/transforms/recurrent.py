@@ -16,7 +16,7 @@ from portkit.analysis.making import made_by
 from portkit.analysis.recurrent import VLLM_LAYERS, RecurrentFacts
 from portkit.draft import edit
 from portkit.draft.blocker import Blocker
-from portkit.draft.work import Work
+from portkit.draft.work import Work, set_method
 
 INTO_OUTPUT = ("MambaMixer", "ShortConv", "OlmoHybridGatedDeltaNetAttention")
 """Layers that write into a tensor they are given; the others return one."""
@@ -100,6 +100,8 @@ def construct(
         "vLLM keeps this layer's state by its prefix: it must be unique.",
     )
     body = [*_guards(mixer), made]
+    if mixer.in_scale:
+        body.append(edit.statement(f"self.{attr}_in_scale = {mixer.in_scale}"))
     if mixer.whole_norm:
         values = dict(mixer.arguments)
         body.append(
@@ -111,7 +113,49 @@ def construct(
                 "All channels are normed together; MambaMixer2 would norm each group of them.",
             )
         )
+    if mixer.channel_scale:
+        body += _channel_scale(mixer)
     return body
+
+
+def _channel_scale(mixer: RecurrentFacts) -> list[edit.Statement]:
+    """This rank's part of a factor on each channel of the projection."""
+    name, value = mixer.channel_scale
+    sizes = dict(mixer.arguments)
+    inner, groups = sizes["intermediate_size"], sizes["n_groups"]
+    states = f"{groups} * {sizes['ssm_state_size']}"
+    return edit.statements(f"""
+# A factor on each channel of the projection: gate, x, B, C and time steps, in this order.
+tp_size = get_tensor_model_parallel_world_size()
+tp_rank = get_tensor_model_parallel_rank()
+inner = {inner}
+states = {states}
+z, x, b, c, dt = {value}.flatten().split(
+    [inner, inner, states, states, {sizes["num_heads"]}]
+)
+z, x, dt = (part.chunk(tp_size)[tp_rank] for part in (z, x, dt))
+# One group alone is whole on every rank.
+if {groups} % tp_size == 0:
+    b, c = (part.chunk(tp_size)[tp_rank] for part in (b, c))
+self.register_buffer("{name}", torch.cat([z, x, b, c, dt]), persistent=False)
+""")
+
+
+def drop_buffers_from_outside(work: Work) -> None:
+    """The model's loop that registers a buffer on each mixer: the layers make their own."""
+    names = {m.channel_scale[0] for m in work.facts.recurrent if m.channel_scale}
+    cls = work.cls(work.facts.model)
+    init = edit.method(cls, "__init__")
+    body = [
+        node
+        for node in edit.body_of(init)
+        if not (
+            isinstance(node, cst.For)
+            and any(f'register_buffer("{n}"' in edit.code(node.body) for n in names)
+        )
+    ]
+    if len(body) != len(edit.body_of(init)):
+        work.put(set_method(cls, edit.with_body(init, body)))
 
 
 def _guards(mixer: RecurrentFacts) -> list[edit.Statement]:
@@ -159,7 +203,9 @@ def call(
         )
     value = edit.flat(given)
     if mixer.in_scale:
-        value = f"{value} * {mixer.in_scale.replace('config.', 'self.config.')}"
+        value = f"{value} * self.{attr}_in_scale"
+    if mixer.channel_scale:
+        value += f", mup_vector=self.{mixer.channel_scale[0]}"
     if mixer.layer not in INTO_OUTPUT:
         new = edit.statement(f"{target.value} = self.{attr}({value})")
         return [new.with_changes(leading_lines=node.leading_lines)]

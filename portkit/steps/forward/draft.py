@@ -18,7 +18,7 @@ from portkit.draft.transforms.forward_layer import port_layer, port_mlp
 from portkit.draft.transforms.forward_model import port_causal_lm, port_model
 from portkit.draft.transforms.layer_list import unroll
 from portkit.draft.transforms.norms import port_norms
-from portkit.draft.transforms.recurrent import refuse_unknown
+from portkit.draft.transforms.recurrent import drop_buffers_from_outside, refuse_unknown
 from portkit.draft.transforms.recurrent_interface import declare_state
 from portkit.draft.work import Work
 from portkit.port import Port
@@ -32,6 +32,7 @@ def draft_source(source: str, architecture: str) -> Work:
     if facts.state != "copy":
         return work
     refuse_unknown(work)
+    drop_buffers_from_outside(work)
     unroll(work)
     write_out(work)
     port_attention(work)

@@ -38,6 +38,10 @@ def test_what_attention_computes_is_kept(model: str, step: str, text: str) -> No
 
 def test_a_branch_that_decides_whether_to_rotate_is_not_dropped() -> None:
     architecture, source = copied("granite_swa")
-    outcome = drafted(source, architecture, "forward")
+    ((_, text),) = drafted(source, architecture, "forward").files
+    assert "if self.rotary_emb is not None:" in text
+    assert "rope_theta = config.layer_rope_theta[layer_idx]" in text
+    seeded = source.replace("[theta] if theta else None", "[theta] if layer_idx else None")
+    outcome = drafted(seeded, architecture, "forward")
     assert outcome.status == "failed"
     assert "rotates only `if position_embeddings is not None`" in outcome.reason

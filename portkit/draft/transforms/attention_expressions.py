@@ -41,12 +41,14 @@ class AttentionExpressions:
         rotary_functions: set[str],
         rotary_call: str,
         head_dim: str,
+        rotates_by_layer: bool,
         functions: dict[str, cst.FunctionDef],
         source: str,
         first_line: int,
         given: dict[str, dict[str, Value]] | None = None,
     ) -> None:
         self.functions = functions
+        self.rotates_by_layer = rotates_by_layer
         self.of_positions: set[str] = set()
         self.rotary_call = rotary_call
         self.given = given or {}

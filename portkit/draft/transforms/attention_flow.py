@@ -21,6 +21,7 @@ from portkit.draft.transforms.attention_values import (
     FlowResult,
     Value,
 )
+from portkit.draft.transforms.layer_rotation import ROTATES
 
 
 class AttentionFlow(AttentionExpressions):
@@ -86,6 +87,10 @@ class AttentionFlow(AttentionExpressions):
             if edit.find(
                 node, lambda n: edit.is_call(n, *self.rotary_functions, "self.rotary_emb")
             ):
+                if self.rotates_by_layer and test.endswith("is not None") and node.orelse is None:
+                    body = self._block(edit.body_of(node), env)
+                    made = node.with_changes(test=edit.expression(ROTATES))
+                    return [edit.with_body(made, body)]
                 raise self._stop(f"rotates only `if {test}`, which other classes decide", node)
             if node.orelse is None:
                 for name in self._bound(node):

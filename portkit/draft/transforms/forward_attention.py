@@ -14,6 +14,7 @@ from portkit.draft.transforms.attention_flow import AttentionFlow
 from portkit.draft.transforms.attention_values import attention_name
 from portkit.draft.transforms.forward_rotary import plan_rotary
 from portkit.draft.transforms.fused_qkv import cut_flat
+from portkit.draft.transforms.layer_rotation import layer_rotation
 from portkit.draft.transforms.masked_windows import window_of_masks
 from portkit.draft.work import Work, plain_module, rewrite_init, set_method
 
@@ -64,7 +65,9 @@ def port_attention(work: Work) -> None:
     rotary = work.facts.rotary
     forward, given = cut_flat(work, forward)
     plan = plan_rotary(work)
+    by_layer = layer_rotation(work)
     flow = AttentionFlow(
+        rotates_by_layer=by_layer is not None,
         functions=work.functions(),
         cls=facts.cls,
         linears=set(linears_of(view)),
@@ -84,7 +87,7 @@ def port_attention(work: Work) -> None:
     cls = set_method(cls, edit.with_body(signature, flow.body))
     made: list[edit.Statement] = []
     if flow.rotary_used:
-        made += plan.init
+        made += by_layer.apply(plan.init) if by_layer else plan.init
         for method in plan.methods:
             cls = set_method(cls, method)
     keywords = dict(flow.keywords)

@@ -219,8 +219,12 @@ def _model_init_line(work: Work, node: edit.Statement) -> edit.Statement | None:
     facts = work.facts
     pair = edit.assigned_attribute(node)
     if pair is None:
-        return node
+        rotary = facts.rotary.cls if facts.rotary else ""
+        makes = isinstance(node, cst.For) and edit.find(node, lambda n: edit.is_call(n, rotary))
+        return None if makes and rotary else node
     attr, value = pair
+    if edit.code(value) == "nn.ModuleList()" and "rotary" in attr:
+        return None
     if attr in ("config", "gradient_checkpointing", "padding_idx") and attr != "padding_idx":
         return None
     if facts.rotary and edit.is_call(value, facts.rotary.cls):

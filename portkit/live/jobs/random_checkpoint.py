@@ -108,13 +108,17 @@ HARD: dict[str, Any] = {
     "clip_qkv": 1.5,
     "sliding_window": 24,
     "attention_multiplier": 0.1,
+    "layer_rope_theta": [20000.0, 0.0, 30000.0],
 }
 """Values that make mistakes show; dropped one by one if the class refuses them."""
 EPS, HARD_EPS = re.compile(r"(^|_)eps(ilon)?$"), 1e-2
 """An eps that can be told from the default, under any name."""
 SCALE, HARD_SCALE = re.compile(r"_multiplier$|scal(e|ing)(_factor)?$"), 0.75
 """A factor that is 1 by default hides that nobody applies it."""
-OPTIONAL = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "clip_qkv", "sliding_window")
+OPTIONAL = (
+    *("head_dim", "num_key_value_heads", "num_experts_per_tok"),
+    *("clip_qkv", "sliding_window", "layer_rope_theta"),
+)
 """Fields that are set even where the config's default is None."""
 NO_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 
@@ -228,6 +232,8 @@ def _multipliers(fields: dict[str, Any]) -> dict[str, Any]:
     """Make factors that are one by default something else: a forgotten one must show."""
     found: dict[str, Any] = {}
     for name, value in fields.items():
+        if name in HARD:
+            continue
         if isinstance(value, float) and SCALE.search(name) and value == 1.0:
             found[name] = HARD_SCALE
         elif name.endswith("_multipliers") and isinstance(value, list) and set(value) == {1.0}:

@@ -1,0 +1,97 @@
+"""Step forward: a base of the rotary embedding for each layer, and layers that do not rotate.
+
+The original may make one rotary embedding per base, and hand each layer the angles of its own, or
+None. vLLM's layers each ask get_rope for theirs (it keeps one table for equal parameters).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import libcst as cst
+
+from portkit.draft import edit
+from portkit.draft.blocker import Blocker
+from portkit.draft.work import Work
+
+ROTATES = "self.rotary_emb is not None"
+
+
+@dataclass(frozen=True)
+class LayerRotation:
+    """What the model's loop says about the angles of layer `layer_idx`."""
+
+    value: str
+    """The layer's own parameter, e.g. "config.layer_rope_theta[layer_idx]"; zero: no rotation."""
+    field: str
+    """Its name in rope_parameters, e.g. "rope_theta"."""
+
+    def apply(self, init: tuple[edit.Statement, ...]) -> list[edit.Statement]:
+        """self.rotary_emb = get_rope(...) with this layer's parameter, or None."""
+        (made,) = init
+        first = edit.statement(f"{self.field} = {self.value}")
+        call = edit.assigned_attribute(made)[1]
+        if not edit.is_call(call, "get_rope"):
+            raise Blocker(f"a {self.field} for each layer needs vLLM's get_rope, which differs.")
+        arguments = [
+            edit.flat(a.with_changes(comma=cst.MaybeSentinel.DEFAULT))
+            if a.keyword is None or a.keyword.value != "rope_parameters"
+            else f'rope_parameters={{**{edit.flat(a.value)}, "{self.field}": {self.field}}}'
+            for a in call.args
+        ]
+        shown = ",\n        ".join(arguments)
+        new = edit.statement(
+            f"self.rotary_emb = (\n    get_rope(\n        {shown},\n    )\n"
+            f"    if {self.field}\n    else None\n)"
+        )
+        first = edit.blank_before(edit.comment_before(first, "Zero: this layer does not rotate."))
+        comments = [line for line in made.leading_lines if line.comment is not None]
+        return [first, new.with_changes(leading_lines=comments)]
+
+
+def layer_rotation(work: Work) -> LayerRotation | None:
+    """Read the model's loop: `angles[base] if base else None`, base = self.config.bases[i]."""
+    facts = work.facts
+    cls = work.cls(facts.model)
+    forward, init = edit.method(cls, "forward"), edit.method(cls, "__init__")
+    for loop in edit.find(forward, lambda n: isinstance(n, cst.For)):
+        if not isinstance(loop.target, cst.Tuple):
+            continue
+        index = edit.code(loop.target.elements[0].value)
+        bound = {
+            edit.code(p[0]): p[1] for n in edit.body_of(loop) if (p := edit.assigned(n)) is not None
+        }
+        for given in edit.find(loop.body, lambda n: isinstance(n, cst.Arg)):
+            if given.keyword is None or given.keyword.value != "position_embeddings":
+                continue
+            value = bound.get(edit.code(given.value))
+            if not (isinstance(value, cst.IfExp) and edit.code(value.orelse) == "None"):
+                continue
+            if facts.rotary is None:
+                return None
+            key = edit.code(value.test)
+            base = edit.flat(bound.get(key))
+            field = _field(init, facts.rotary.cls)
+            whole = (
+                isinstance(value.body, cst.Subscript)
+                and edit.code(value.body.slice[0].slice) == key
+            )
+            if whole and field and base.startswith("self.config.") and base.endswith(f"[{index}]"):
+                shown = base.removeprefix("self.").removesuffix(f"[{index}]") + "[layer_idx]"
+                return LayerRotation(shown, field)
+    return None
+
+
+def _field(init: cst.FunctionDef, rotary: str) -> str:
+    """The one entry of rope_parameters in which the rotary embeddings made in a loop differ."""
+    for loop in edit.find(init, lambda n: isinstance(n, cst.For)):
+        if not edit.find(loop, lambda n: edit.is_call(n, rotary)):
+            continue
+        for node in edit.find(loop, lambda n: isinstance(n, cst.Dict)):
+            if len(node.elements) != 2 or not isinstance(node.elements[0], cst.StarredDictElement):
+                continue
+            starred, own = node.elements
+            same = edit.code(starred.value) == "config.rope_parameters"
+            if same and edit.code(own.value) == edit.code(loop.target):
+                return own.key.evaluated_value
+    return ""

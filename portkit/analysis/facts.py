@@ -14,6 +14,7 @@ from portkit.analysis.fused_qkv import FusedQkv
 from portkit.analysis.norms import Formula
 from portkit.analysis.recurrent import RecurrentFacts
 from portkit.analysis.rotary import Layout
+from portkit.analysis.rotary_table import RotaryTable
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class RotaryFacts:
     line: int
     layouts: tuple[tuple[str, Layout], ...] = ()
     """(function, how it pairs dimensions) of every such function that the attention calls."""
+    table: RotaryTable | None = None
+    """A table on the attention class that takes the place of a rotary class."""
 
     @property
     def is_neox_style(self) -> bool:

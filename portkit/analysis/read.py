@@ -20,6 +20,7 @@ from portkit.analysis.norms import formula_of, is_norm
 from portkit.analysis.read_blocks import is_attention, linears_of, read_attention, read_mlp
 from portkit.analysis.recurrent import VLLM_LAYERS, RecurrentFacts, is_recurrent, read_recurrent
 from portkit.analysis.rotary import layout_of
+from portkit.analysis.rotary_table import rotary_table_of
 
 VLLM_NORMS = ("RMSNorm", "GemmaRMSNorm", "LayerNorm")
 
@@ -127,7 +128,10 @@ class Reader:
             if view is not None and holder is None:
                 holder = self.submodule(view, lambda c: "inv_freq" in text(c.node))
         if not functions or holder is None:
-            return None
+            table = rotary_table_of(module, attention) if attention is not None else None
+            if table is None:
+                return None
+            return RotaryFacts("", table.function, table.layout, True, "", table.line, table=table)
         called = (
             {call_name(n) for n in ast.walk(attention.forward)}
             if attention and attention.forward

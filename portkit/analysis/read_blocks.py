@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from portkit.analysis.attention_parts import output_path
 from portkit.analysis.classes import Assigned, ClassView, argument, call_name, text
-from portkit.analysis.facts import AttentionFacts, Linear, MlpFacts
+from portkit.analysis.facts import AttentionFacts, Linear, MlpFacts, NormUse
 from portkit.analysis.fused_qkv import FusedQkv, fused_qkv_of
 from portkit.analysis.latent import latent_attention, read_latent
 from portkit.analysis.symbolic import CannotTell, Interpreter
@@ -135,7 +135,7 @@ def read_attention(reader: Reader, view: ClassView) -> AttentionFacts:
     if norms:
         per_head = all(
             n.size.replace("self.config.", "config.") in (resolved_dim, head_dim)
-            or (not n.size and _is_split(view, n.attr))
+            or _is_split(view, n)
             for n in norms
         )
     return AttentionFacts(
@@ -175,10 +175,12 @@ def _layout(
         return None
 
 
-def _is_split(view: ClassView, attr: str) -> bool:
-    """Is a norm without weights given heads of their own? Flat tokens are split in its call."""
-    calls = [n for n in ast.walk(view.forward) if call_name(n) == f"self.{attr}"]
-    return all("unflatten" in text(call) for call in calls if isinstance(call, ast.Call))
+def _is_split(view: ClassView, norm: NormUse) -> bool:
+    """Is the norm given heads of their own? Flat tokens are split into heads in its call."""
+    calls = [n for n in ast.walk(view.forward) if call_name(n) == f"self.{norm.attr}"]
+    split = bool(calls) and all("unflatten" in text(n) for n in calls if isinstance(n, ast.Call))
+    names = [a.arg for a in view.forward.args.args]
+    return split or (not norm.size and "positions" not in names)
 
 
 def _resolved(view: ClassView, expression: str) -> str:

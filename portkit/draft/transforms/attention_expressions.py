@@ -40,6 +40,7 @@ class AttentionExpressions:
         dropouts: set[str],
         rotary_functions: set[str],
         rotary_call: str,
+        erased: frozenset[str],
         head_dim: str,
         rotates_by_layer: bool,
         functions: dict[str, cst.FunctionDef],
@@ -51,6 +52,10 @@ class AttentionExpressions:
         self.rotates_by_layer = rotates_by_layer
         self.of_positions: set[str] = set()
         self.rotary_call = rotary_call
+        self.erased = erased
+        """Attributes that only served what is now done otherwise, e.g. a table of sines."""
+        self.half_rotated: tuple[str, Value] | None = None
+        """The one of query and key that was rotated first, where each has a call of its own."""
         self.given = given or {}
         """Statements that are flat already, and what the names they bind stand for."""
         self.source = source.splitlines()
@@ -114,6 +119,8 @@ class AttentionExpressions:
         if isinstance(node, cst.Subscript):
             return self._subscript(node, env)
         if isinstance(node, cst.Attribute):
+            if edit.code(node) in self.erased:
+                return ERASED
             owner = self._value(node.value, env)
             if owner.kind in ("tensor", "positions"):
                 return Value("shape" if node.attr.value in ("shape", "device") else "plain", node)
@@ -152,9 +159,9 @@ class AttentionExpressions:
             return Value("plain", node)
         parts = [s.slice for s in node.slice]
         last = parts[-1]
-        only_last = (
-            len(parts) == 2 and edit.code(parts[0]).strip() == "..." and isinstance(last, cst.Slice)
-        )
+        before = [edit.code(p).strip() for p in parts[:-1]]
+        every = before == ["..."] or (before == [":"] * 3 and owner.layout != "flat")
+        only_last = every and isinstance(last, cst.Slice)
         if only_last and owner.layout == "flat":
             return replace(owner, node=node.with_changes(value=owner.node))
         if only_last and isinstance(owner.node, cst.Name) and last.step is None:
@@ -244,6 +251,10 @@ class AttentionExpressions:
             return replace(owner, layout=turned)
         if method == "unsqueeze" and owner.layout == "flat" and edit.flat(node.args[0]) == "-1":
             return replace(owner, layout="per_head")
+        swaps = "".join(edit.flat(node).split()).endswith("permute(0,2,1,3)")
+        if swaps and owner.layout in ("seq_heads", "heads_seq"):
+            swapped: Layout = "seq_heads" if owner.layout == "heads_seq" else "heads_seq"
+            return replace(owner, layout=swapped)
         if method in ("view", "reshape"):
             return self._viewed(node, owner, env)
         if method == "repeat" and (made := repeated(owner, node)) is not None:

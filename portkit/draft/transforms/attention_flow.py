@@ -117,8 +117,8 @@ class AttentionFlow(AttentionExpressions):
                     node,
                 )
             env[name] = first or second  # type: ignore[assignment]
-        if not body and not other:
-            return []
+        if [edit.code(s) for s in body] == [edit.code(s) for s in other]:
+            return body
         if not body:
             raise self._stop("cannot follow a branch that only its else needs", node)
         orelse = edit.with_body(node.orelse, other) if other else None
@@ -140,6 +140,9 @@ class AttentionFlow(AttentionExpressions):
                 raise self._stop(f"cannot follow `{edit.flat(node)}`", node)
             return self._bind_several(node, names, got, env)
         name = edit.code(target)
+        call = self._rotary_call(value, env)
+        if call is not None and [v.kind in ("tensor", "part") for v in call].count(True) == 1:
+            return self._rotate_one(node, name, call[0], env)
         got = self._value(value, env)
         if got.kind == "tensor":
             new = node.with_changes(body=[cst.Assign([cst.AssignTarget(cst.Name(name))], got.node)])
@@ -209,6 +212,21 @@ class AttentionFlow(AttentionExpressions):
             for a in value.args
             if a.keyword is None or a.keyword.value in ("q", "k")
         ]
+
+    def _rotate_one(self, node, name, value: Value, env) -> list[edit.Statement]:
+        """Query and key rotated by a call each: the second call does both."""
+        base = value.base if value.kind == "part" else edit.code(value.node)
+        if value.kind == "tensor" and (value.layout == "flat" or base != name):
+            raise self._stop("rotates something other than query and key", node)
+        if self.half_rotated is None:
+            self.half_rotated = (name, value)
+            env[name] = replace(value, turned=True)
+            return []
+        (other, first), self.half_rotated = self.half_rotated, None
+        pair = [(name, value), (other, first)]
+        if base.startswith("k"):
+            pair.reverse()
+        return self._rotate(node, [n for n, _ in pair], [v for _, v in pair], env)
 
     def _rotate(self, node, names, values, env) -> list[edit.Statement]:
         query, key = values[:2]

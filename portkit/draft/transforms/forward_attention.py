@@ -75,6 +75,7 @@ def port_attention(work: Work) -> None:
         dropouts=prune.dropout_attributes(cls),
         rotary_functions={rotary.function} if rotary else set(),
         rotary_call=plan.call,
+        erased=frozenset(f"self.{attr}" for attr in plan.gone),
         head_dim=facts.head_dim,
         source=work.module.code,
         first_line=view.forward.lineno,
@@ -98,7 +99,12 @@ def port_attention(work: Work) -> None:
         made.append(_attention(work, view, keywords, attention_name(number)))
     if len(made) == 1:
         made = [edit.blank_before(made[0])]
-    body = [*_inference_init(edit.body_of(init)), *made]
+    own = [
+        node
+        for node in _inference_init(edit.body_of(init))
+        if (edit.assigned_attribute(node) or ("",))[0] not in plan.gone
+    ]
+    body = [*own, *made]
     cls = rewrite_init(cls, attention_signature(init), body, _layer_index(init, body))
     work.put(plain_module(cls))
     for name in flow.of_positions:

@@ -13,6 +13,7 @@ import libcst as cst
 
 from portkit.analysis.classes import view_module
 from portkit.analysis.rotary_class import read_rotary_class
+from portkit.analysis.rotary_table import RotaryTable
 from portkit.draft import edit, prune
 from portkit.draft.blocker import Blocker
 from portkit.draft.work import Work, set_method
@@ -38,6 +39,8 @@ class RotaryPlan:
     """What forward calls with (positions, query, key)."""
     init: tuple[edit.Statement, ...] = ()
     methods: tuple[cst.FunctionDef, ...] = ()
+    gone: tuple[str, ...] = ()
+    """Attributes of the attention that get_rope makes unnecessary."""
     did: str = ""
     warning: str = ""
 
@@ -47,6 +50,8 @@ def plan_rotary(work: Work) -> RotaryPlan:
     rotary = work.facts.rotary
     if rotary is None:
         return RotaryPlan("self.rotary_emb")
+    if rotary.table is not None:
+        return _instead_of_table(work, rotary.table)
     view = view_module(work.module.code).classes[rotary.cls]
     reads = read_rotary_class(view)
     if rotary.layout == "unknown" or reads.strange:
@@ -82,9 +87,8 @@ self.rotary_emb = get_rope(
     return RotaryPlan(
         "self.rotary_emb",
         (edit.blank_before(made),),
-        (),
-        f"{rotary.function} pairs {style}: get_rope rotates by `positions`.",
-        warning,
+        did=f"{rotary.function} pairs {style}: get_rope rotates by `positions`.",
+        warning=warning,
     )
 
 
@@ -111,6 +115,30 @@ def layer_type(work: Work) -> str:
         "does not know.",
         facts.rotary.line if facts.rotary else 0,
         "Compare with vLLM's Gemma3Attention.",
+    )
+
+
+def _instead_of_table(work: Work, table: RotaryTable) -> RotaryPlan:
+    halves = table.layout == "half"
+    made = edit.statement(f"""
+self.rotary_emb = get_rope(
+    {work.facts.attention.head_dim},
+    max_position=config.max_position_embeddings,
+    rope_parameters={{
+        "rope_type": "default",
+        "rope_theta": {table.base},
+        "rope_dim": {table.dim},
+    }},
+    is_neox_style={halves},
+)
+""")
+    pairs = "halves (i, i + n/2)" if halves else "neighbours (2i, 2i + 1)"
+    made = edit.comment_before(made, f"The author's table of sines and cosines, for {pairs}.")
+    return RotaryPlan(
+        "self.rotary_emb",
+        (edit.blank_before(made),),
+        gone=(table.attr,),
+        did=f"{table.function} and its table: get_rope rotates {pairs} by `positions`.",
     )
 
 
@@ -150,7 +178,7 @@ def _own(work: Work, why: str, by_layer_type: bool) -> RotaryPlan:
         "self.rotate",
         tuple(init),
         (method,),
-        f"{rotary.cls} and {rotary.function} stay: {why}.",
+        did=f"{rotary.cls} and {rotary.function} stay: {why}.",
     )
 
 

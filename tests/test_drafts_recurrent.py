@@ -9,6 +9,8 @@ from portkit.analysis.facts import facts_of
 from portkit.architectures import find_architecture
 from portkit.draft.outcome import DraftOutcome
 from portkit.draft.source_draft import draft_source_outcome
+from portkit.report.model import picture
+from portkit.steps.choose.difficulty import difficulties
 from portkit.steps.copy.extract import extract
 from portkit.steps.copy.places import InTransformers
 
@@ -71,6 +73,8 @@ def test_mixers_are_known_by_what_they_hold(
         ("rwkv", "RWKV time mixing: vLLM has no such layer"),
         ("recurrent_gemma", "RG-LRU"),
         ("minimax", "linear attention with decay"),
+        ("zamba2", "sharing modules between them"),
+        ("hrm_text", "in a recurrence of its own"),
     ],
 )
 def test_what_vllm_has_no_layer_for_is_named_with_its_line(model: str, words: str) -> None:
@@ -78,7 +82,6 @@ def test_what_vllm_has_no_layer_for_is_named_with_its_line(model: str, words: st
     outcome = drafted(source, architecture, "forward")
     assert outcome.status == "failed"
     assert words in outcome.reason and "line " in outcome.reason
-    assert "start from vLLM's" in outcome.reason
 
 
 @pytest.mark.parametrize(
@@ -90,6 +93,14 @@ def test_the_class_tells_the_engine_about_its_state(model: str, interface: str) 
     assert f"HasInnerState, {interface}" in text
     assert "get_mamba_state_shape_from_config" in text
     assert "create_recurrent_attention_mask" not in text
+
+
+def test_the_card_and_the_difficulties_name_the_state() -> None:
+    architecture, source = copied("bamba")
+    facts = facts_of(source, architecture)
+    rows = {row.what for row in difficulties(facts, {})}
+    assert {"Mamba 2 (state space, heads in groups)", "layers of two kinds"} <= rows
+    assert "Mamba 2 (state space, heads in groups)" in picture(facts, {})
 
 
 def test_renamed_parameters_and_fused_ones_share_a_mapper() -> None:

@@ -19,6 +19,7 @@ from portkit.analysis.making import made_by
 from portkit.analysis.norms import formula_of, is_norm
 from portkit.analysis.read_blocks import is_attention, linears_of, read_attention, read_mlp
 from portkit.analysis.recurrent import VLLM_LAYERS, RecurrentFacts, is_recurrent, read_recurrent
+from portkit.analysis.roles import missing_layers
 from portkit.analysis.rotary import layout_of
 from portkit.analysis.rotary_table import rotary_table_of
 
@@ -231,9 +232,7 @@ def read_facts(source: str, architecture: str) -> ModelFacts:
         reader.cannot_tell("roles", f"there is no class {architecture} in the file", 1)
     held = reader.submodule(lm, lambda c: reader.layers_of(c) is not None) if lm else None
     if lm is not None and held is None:
-        reader.cannot_tell(
-            "roles", f"no submodule of {architecture} holds a list of decoder layers", lm.line
-        )
+        reader.cannot_tell("roles", *missing_layers(reader.module, lm))
     model = held[1] if held else None
     layers = reader.layer_classes(model) if model else None
     views = layers[1] if layers else []

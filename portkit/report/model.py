@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from portkit.analysis.facts import ModelFacts
+from portkit.analysis.recurrent import PLAIN
 from portkit.report.blocks import Block, Heading, Line, Log, Pairs, Report
 
 RESIDUAL = {
@@ -74,9 +75,13 @@ def _rows(facts: ModelFacts, config: Mapping[str, Any]) -> tuple[tuple[str, str]
             "attention",
             f"{_heads(facts, config)} (`{facts.attention.cls}`)"
             if facts.attention
+            else "none"
+            if facts.recurrent
             else "not found",
         )
     ]
+    for mixer in facts.recurrent:
+        rows.append(("state", f"{PLAIN[mixer.kind][0]} (`{mixer.cls}`)"))
     rows.append(("positions", _positions(facts)))
     if facts.attention and facts.attention.sliding_window:
         rows.append(("window", _value(facts.attention.sliding_window, config)))
@@ -107,9 +112,10 @@ def picture(facts: ModelFacts, config: Mapping[str, Any]) -> str:
     hidden, vocab = config.get("hidden_size", "hidden"), config.get("vocab_size", "vocabulary")
     mlp = facts.mlp[0] if facts.mlp else None
     inner = config.get("intermediate_size", "")
-    inside = [
-        f"{_heads(facts, config)}",
-        f"  {_positions(facts)}",
+    inside = [PLAIN[mixer.kind][0] for mixer in facts.recurrent]
+    if facts.attention or not inside:
+        inside += [_heads(facts, config), f"  {_positions(facts)}"]
+    inside += [
         f"MLP: {MLP[mlp.kind]}{f', {inner} wide' if inner else ''}" if mlp else "MLP",
         f"residual: {RESIDUAL[facts.layer.residual]}" if facts.layer else "",
     ]

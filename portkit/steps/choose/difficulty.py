@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from portkit.analysis.facts import ModelFacts
+from portkit.analysis.recurrent import PLAIN
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ def difficulties(facts: ModelFacts, config: Mapping[str, Any]) -> tuple[Row, ...
     found = (
         *_rotary(facts),
         *_attention(facts, config),
+        *_recurrent(facts),
         *_norms(facts),
         *_layer(facts),
         *_mlp(facts),
@@ -41,6 +43,8 @@ def difficulties(facts: ModelFacts, config: Mapping[str, Any]) -> tuple[Row, ...
 
 def _rotary(facts: ModelFacts) -> list[Row]:
     rotary = facts.rotary
+    if rotary is None and facts.attention is None and facts.recurrent:
+        return []  # the state knows the order of the tokens
     if rotary is None:
         return [Row("positions", "no rotary embedding found", "See how positions enter.", True)]
     rows = []
@@ -62,6 +66,8 @@ def _rotary(facts: ModelFacts) -> list[Row]:
 
 def _attention(facts: ModelFacts, config: Mapping[str, Any]) -> list[Row]:
     attention = facts.attention
+    if attention is None and facts.recurrent:
+        return []
     if attention is None:
         return [Row("attention", "not recognised", "It may not be one that vLLM has.", True)]
     rows = []
@@ -92,6 +98,19 @@ def _attention(facts: ModelFacts, config: Mapping[str, Any]) -> list[Row]:
     if biases:
         why = "A layer built without bias loads without an error: vLLM skips unexpected biases."
         rows.append(Row("biases in attention", ", ".join(biases), why))
+    return rows
+
+
+def _recurrent(facts: ModelFacts) -> list[Row]:
+    rows = []
+    for mixer in facts.recurrent:
+        name, why = PLAIN[mixer.kind]
+        if mixer.why:
+            why = f"{mixer.why}. Start from vLLM's {mixer.start}."
+        rows.append(Row(name, f"{mixer.cls} keeps a state from token to token", why, True))
+    if facts.recurrent and facts.attention is not None:
+        why = "vLLM has to know that the model is hybrid (IsHybrid): its cache holds both."
+        rows.append(Row("layers of two kinds", "attention in some, a state in others", why, True))
     return rows
 
 

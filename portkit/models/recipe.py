@@ -48,6 +48,8 @@ class Training:
     """Standard deviation, around zero, of the biases before training."""
     shard_size: str
     """The most one safetensors file holds, as in `save_pretrained(max_shard_size=...)`."""
+    dtype: str = "float32"
+    """What the weights are rounded to when they are saved."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def make(
     tokenizer = train_tokenizer(
         texts,
         vocab_size=recipe.config["vocab_size"],
-        max_length=recipe.config["max_position_embeddings"],
+        max_length=recipe.config.get("max_position_embeddings") or recipe.config["max_seq_len"],
         **recipe.tokenizer,
     )
     model = build(recipe, tokenizer)
@@ -129,7 +131,7 @@ def make(
         pad_token_id=tokenizer.pad_token_id,
         do_sample=False,
     )
-    model.save_pretrained(out, max_shard_size=plan.shard_size)
+    model.to(getattr(torch, plan.dtype)).save_pretrained(out, max_shard_size=plan.shard_size)
     # The template goes into tokenizer_config.json: one file less to forget when copying.
     tokenizer.save_pretrained(out, save_jinja_files=False)
 

@@ -1,7 +1,8 @@
 """Generation speed of one way to run the model: tokens per second, several repeats.
 
 args: way ("port", "native", "transformers_backend", "transformers"), batches, tokens_in,
-tokens_out, repeats. Each way runs in a process of its own, one after the other.
+tokens_out, repeats; kv_cache_gib, the size of the KV cache on a GPU (default: the checks' own).
+Each way runs in a process of its own, one after the other.
 value: rows [{batch, rates}], rates in generated tokens per second; how (dtype, eager, class).
 """
 
@@ -109,6 +110,8 @@ def _vllm(
     memory = {
         k: profile[k] for k in ("gpu_memory_utilization", "kv_cache_memory_bytes") if k in profile
     }
+    if memory and "kv_cache_gib" in args:
+        memory["kv_cache_memory_bytes"] = int(args["kv_cache_gib"]) << 30
     llm = LLM(
         str(checkpoint.root),
         skip_tokenizer_init=True,

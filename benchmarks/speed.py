@@ -1,0 +1,169 @@
+"""Tokens per second of what the drafts write, beside vLLM's native class and Transformers backend.
+
+    python benchmarks/speed.py [--models llama,helium] [--batches 1,32,512] [--tokens 128,256]
+                               [--repeats 5] [--size 1.2b|tiny] [--write docs/speed.md]
+
+For an NVIDIA GPU: bfloat16, torch.compile and CUDA graphs. A checkpoint with random weights is
+written in the model's own configuration at the asked size, the port is drafted, and each way runs
+in a process of its own, one after the other, on that checkpoint; ratios come from one run of this
+script. Llama has a native class in vLLM; Helium has none. On a machine without a GPU the same runs
+eagerly in float32: good for trying the script, not for its numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from measure import Failed, machine, number
+
+from portkit.create import new_port
+from portkit.draft.pipeline import apply_draft
+from portkit.live.client import live_for
+from portkit.port import Port
+
+STEPS = ("copy", "forward", "parallel", "weights")
+WAYS = ("port", "native", "transformers_backend")
+SIZES: dict[str, dict[str, Any]] = {
+    "1.2b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "max_position_embeddings": 4096,
+    },
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 512,
+        "max_position_embeddings": 1024,
+    },
+}
+"""Llama 3.2's 1.2 billion parameters, and a size to try the script with."""
+START_SECONDS = 280.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure each model, print the tables, and write them if asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="llama,helium", help="model types, comma separated")
+    parser.add_argument("--batches", default="1,32,512")
+    parser.add_argument("--tokens", default="128,256", help="tokens in, tokens out")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--size", default="1.2b", choices=SIZES)
+    parser.add_argument("--write", type=Path)
+    args = parser.parse_args(argv)
+    batches = [int(n) for n in args.batches.split(",")]
+    tokens_in, tokens_out = (int(n) for n in args.tokens.split(","))
+    lines = _head(args.size, tokens_in, tokens_out, args.repeats)
+    with tempfile.TemporaryDirectory(prefix="portkit-speed-") as folder:
+        for model in args.models.split(","):
+            try:
+                rates = _measure(model, Path(folder), batches, tokens_in, tokens_out, args)
+            except Failed as error:
+                print(f"{model}: {error}", file=sys.stderr)
+                return 1
+            lines += _table(model, batches, rates)
+            print("\n".join(lines), flush=True)
+            if args.write:  # after each model: a run that is cut off keeps what it has
+                args.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return 0
+
+
+def _measure(
+    model: str,
+    folder: Path,
+    batches: list[int],
+    tokens_in: int,
+    tokens_out: int,
+    args: argparse.Namespace,
+) -> dict[str, dict[int, list[float]] | str]:
+    """Return way → batch → tokens per second of each repeat, or why there are none."""
+    port = _port(model, folder, SIZES[args.size])
+    found: dict[str, dict[int, list[float]] | str] = {}
+    with live_for(port) as live:
+        for way in WAYS:
+            result = live.run(
+                "tokens_per_second",
+                timeout=START_SECONDS + 60.0 * len(batches),
+                progress=lambda text: print(f"  … {text}", file=sys.stderr, flush=True),
+                way=way,
+                batches=batches,
+                tokens_in=tokens_in,
+                tokens_out=tokens_out,
+                repeats=args.repeats,
+                kv_cache_gib=24 if args.size != "tiny" else 1,
+            )
+            if result.ok:
+                found[way] = {row["batch"]: row["rates"] for row in result.value["rows"]}
+            else:
+                found[way] = result.what
+    return found
+
+
+def _port(model: str, folder: Path, sizes: dict[str, Any]) -> Port:
+    """Draft a port on a checkpoint of this size with random weights."""
+    checkpoint = folder / f"{model}-checkpoint"
+    made = live_for(None).run(
+        "sized_checkpoint", timeout=300.0, model_type=model, config=sizes, out=str(checkpoint)
+    )
+    if not made.ok:
+        raise Failed(f"no checkpoint: {made.what}")
+    port = new_port(model, checkpoint=checkpoint, root=folder / "ports")
+    for step in STEPS:
+        outcome = apply_draft(port, step)
+        if outcome.status != "success":
+            raise Failed(f"the draft of {step} failed: {outcome.reason}")
+    return port
+
+
+def _head(size: str, tokens_in: int, tokens_out: int, repeats: int) -> list[str]:
+    here = machine()
+    versions = ", ".join(f"{name} {version}" for name, version in here.versions)
+    return [
+        "# Speed of what the drafts write",
+        "",
+        f"Generated tokens per second, {tokens_in} tokens in and {tokens_out} out; median (minimum "
+        f"to maximum) of {repeats} runs after a warm-up, all in one session; size {size}, random "
+        f"weights. {here.date}, {here.device}; {versions}. `python benchmarks/speed.py` measures "
+        "it again.",
+    ]
+
+
+def _table(
+    model: str, batches: list[int], rates: dict[str, dict[int, list[float]] | str]
+) -> list[str]:
+    """Return a model's table; the ratio is the port's median over that way's."""
+    heads = [f"batch {batch} | port / way" for batch in batches]
+    lines = ["", f"## {model}", "", f"| way | {' | '.join(heads)} |"]
+    lines.append("|---" * (1 + 2 * len(batches)) + "|")
+    own = rates["port"]
+    for way, found in rates.items():
+        cells = [way.replace("_", " ")]
+        for batch in batches:
+            if isinstance(found, str):
+                cells += [found.split(". ")[0].replace("|", "\\|")[:80], ""]
+                continue
+            median = statistics.median(found[batch])
+            cells.append(
+                f"{number(median)} ({number(min(found[batch]))}-{number(max(found[batch]))})"
+            )
+            ratio = "" if isinstance(own, str) else f"{statistics.median(own[batch]) / median:.2f}"
+            cells.append(ratio)
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What holds for every modeling file that is in scope: it survives reading, linting, fixing, drafting.
+"""What holds for every modeling file in scope: it survives reading, linting, fixing, drafting.
 
 All of them take many minutes; a run takes a part, in turn by the day. PORTKIT_ALL=1 takes all.
 """

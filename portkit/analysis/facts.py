@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from portkit.analysis.fused_qkv import FusedQkv
+from portkit.analysis.moe_facts import MoeFacts
 from portkit.analysis.norms import Formula
 from portkit.analysis.recurrent import RecurrentFacts
 from portkit.analysis.rotary import Layout
@@ -237,6 +238,9 @@ class ModelFacts:
 
     def recurrent_class(self, name: str) -> RecurrentFacts | None:
         return next((r for r in self.recurrent if r.cls == name), None)
+
+    moe: tuple[MoeFacts, ...] = ()
+    """Mixture-of-experts blocks of the layer; their shared experts are in `mlp`."""
 
     def norm_class(self, name: str) -> NormClass | None:
         return next((n for n in self.norm_classes if n.name == name), None)

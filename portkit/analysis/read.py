@@ -16,6 +16,7 @@ from portkit.analysis.facts import (
     Unknown,
 )
 from portkit.analysis.making import made_by
+from portkit.analysis.moe import is_moe, read_moe
 from portkit.analysis.norms import formula_of, is_norm
 from portkit.analysis.read_blocks import is_attention, linears_of, read_attention, read_mlp
 from portkit.analysis.recurrent import VLLM_LAYERS, RecurrentFacts, is_recurrent, read_recurrent
@@ -156,7 +157,8 @@ class Reader:
             found = [
                 c
                 for c in made_by(self.module, view, item.value)
-                if (attention is None or c is not attention[1]) and linears_of(c)
+                if (attention is None or c is not attention[1])
+                and (linears_of(c) or is_moe(self.module, c))
             ]
             if found and item.attr not in mlps and item.attr not in recurrent:
                 mlps.append(item.attr)
@@ -248,7 +250,11 @@ def read_facts(source: str, architecture: str) -> ModelFacts:
         )
     rotary = reader.rotary(model, attention[1] if attention else None)
     attention_facts = read_attention(reader, attention[1]) if attention else None
-    mlps = [read_mlp(reader, classes[name]) for name in _mlp_classes(reader, views, every)]
+    made = _mlp_classes(reader, views, every)
+    moe = tuple(f for name in made if (f := read_moe(reader.module, classes[name])) is not None)
+    names = [name for name in made if name not in {f.cls for f in moe}]
+    names += [name for f in moe for name in f.shared]
+    mlps = [read_mlp(reader, classes[name]) for name in dict.fromkeys(names)]
     for norm in reader.norms:
         if norm.formula == "unknown":
             reader.cannot_tell("norm", norm.why, norm.line)
@@ -273,6 +279,7 @@ def read_facts(source: str, architecture: str) -> ModelFacts:
         unknown=tuple(reader.unknown),
         layers=every,
         recurrent=recurrent,
+        moe=moe,
     )
 
 

@@ -29,6 +29,8 @@ VLLM_NAMES = {
     "get_act_and_mul_fn": f"{_LAYERS}.activation",
     "get_act_fn": f"{_LAYERS}.activation",
     "Attention": f"{_LAYERS}.attention",
+    "FusedMoEFactory": f"{_LAYERS}.fused_moe",
+    "GateLinear": f"{_LAYERS}.fused_moe",
     "GemmaRMSNorm": f"{_LAYERS}.layernorm",
     "RMSNorm": f"{_LAYERS}.layernorm",
     "ColumnParallelLinear": f"{_LAYERS}.linear",
@@ -74,7 +76,12 @@ VLLM_NAMES = {
 }
 """Name -> module of everything a draft may introduce."""
 
-_PLAIN = {"torch": "import torch", "nn": "from torch import nn", "math": "import math"}
+_PLAIN = {
+    "torch": "import torch",
+    "nn": "from torch import nn",
+    "math": "import math",
+    "re": "import re",
+}
 
 
 def keep_reachable(module: cst.Module, roots: Iterable[str]) -> cst.Module:

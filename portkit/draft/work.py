@@ -30,6 +30,10 @@ class Work:
         """Functions at the file's top level."""
         return {i.name.value: i for i in self.module.body if isinstance(i, cst.FunctionDef)}
 
+    def has(self, name: str) -> bool:
+        """Is there a class of this name in the file?"""
+        return any(isinstance(i, cst.ClassDef) and i.name.value == name for i in self.module.body)
+
     def put(self, new: cst.ClassDef | cst.FunctionDef) -> None:
         """Put a class or a function back under its name."""
         self.module = self.module.with_changes(

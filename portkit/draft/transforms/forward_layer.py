@@ -139,25 +139,32 @@ def _one_tensor(node: edit.Statement, hidden: str) -> edit.Statement:
 
 def _construct(node: edit.Statement, made: dict[str, str], work: Work) -> edit.Statement:
     """Pass prefix (and the cache configuration) to the submodules; layer_idx is in the prefix."""
-    pair = edit.assigned_attribute(node)
-    if pair is None or pair[0] not in made or not isinstance(pair[1], cst.Call):
-        return node
-    attr, call = pair
-    name = edit.code(call.func)
+
+    def line(here: cst.CSTNode) -> cst.CSTNode | None:
+        pair = edit.assigned_attribute(here) if isinstance(here, cst.SimpleStatementLine) else None
+        if pair is None or pair[0] not in made:
+            return None
+        return edit.replace(here, lambda n: _constructed(n, pair[0], made[pair[0]], work))
+
+    return edit.replace(node, line)
+
+
+def _constructed(node: cst.CSTNode, attr: str, kind: str, work: Work) -> cst.CSTNode | None:
+    """One constructor call with its prefix; None for what takes none."""
+    if not isinstance(node, cst.Call) or not work.has(edit.code(node.func)):
+        return None
+    name = edit.code(node.func)
     attention = work.facts.attention
     if (attention is None or attention.cls != name) and "prefix" not in edit.parameters(
         edit.method(work.cls(name), "__init__")
     ):
-        return node
-    kept = [a for a in call.args if edit.code(a.value) != "layer_idx"]
+        return None
+    kept = [a for a in node.args if edit.code(a.value) != "layer_idx"]
     arguments = [edit.flat(a.with_changes(comma=cst.MaybeSentinel.DEFAULT)) for a in kept]
-    if made[attr] == "attention":
+    if kind == "attention":
         arguments.append("cache_config=cache_config")
     arguments.append(f'prefix=f"{{prefix}}.{attr}"')
-    new = edit.make_call(name, *arguments)
-    return edit.replace(
-        node, lambda n: new if isinstance(n, cst.Call) and edit.code(n) == edit.code(call) else None
-    )
+    return edit.make_call(name, *arguments)
 
 
 def check_no_leftovers(new: cst.FunctionDef, old: cst.FunctionDef, name: str, work: Work) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import libcst as cst
 
 from portkit.analysis.facts import LayerFacts
-from portkit.analysis.recurrent import VLLM_LAYERS
 from portkit.draft import edit
 from portkit.draft.blocker import Blocker
 from portkit.draft.transforms import recurrent
@@ -20,31 +19,29 @@ def port_layer(work: Work) -> None:
         _port_layer(work, facts)
 
 
+def _takes_quantisation(work: Work, call: cst.Call) -> bool:
+    """Is it a class of the file whose constructor has quant_config?"""
+    name = edit.code(call.func)
+    return work.has(name) and "quant_config" in edit.parameters(
+        edit.method(work.cls(name), "__init__")
+    )
+
+
 def _port_layer(work: Work, facts: LayerFacts) -> None:
     cls = work.cls(facts.cls)
     init = edit.method(cls, "__init__")
-    every: list[edit.Statement] = []
-    recurrent.nested(edit.body_of(init), lambda n: every.append(n) or [n])
-    takes = {}
-    for attr in (facts.attention_attr, *facts.mlp_attrs, *facts.recurrent_attrs):
-        call = next(
-            (p[1] for s in every if (p := edit.assigned_attribute(s)) and p[0] == attr),
-            None,
-        )
-        if edit.is_call(call, *recurrent.WITH_QUANTISATION):
-            takes[attr] = call
-        elif isinstance(call, cst.Call) and not edit.is_call(call, *VLLM_LAYERS):
-            made = edit.method(work.cls(edit.code(call.func)), "__init__")
-            if "quant_config" in edit.parameters(made):
-                takes[attr] = call
+    attrs = (facts.attention_attr, *facts.mlp_attrs, *facts.recurrent_attrs)
 
-    def passed(node: edit.Statement) -> list[edit.Statement]:
-        attr = (edit.assigned_attribute(node) or ("",))[0]
-        if attr not in takes:
-            return [node]
-        return [pass_argument(node, takes[attr], "quant_config=quant_config")]
+    def line(here: cst.CSTNode) -> cst.CSTNode | None:
+        pair = edit.assigned_attribute(here) if isinstance(here, cst.SimpleStatementLine) else None
+        if pair is None or pair[0] not in attrs:
+            return None
+        for call in edit.find(pair[1], lambda n: isinstance(n, cst.Call)):
+            if edit.is_call(call, *recurrent.WITH_QUANTISATION) or _takes_quantisation(work, call):
+                here = pass_argument(here, call, "quant_config=quant_config")
+        return here
 
-    body = recurrent.nested(edit.body_of(init), passed)
+    body = [edit.replace(node, line) for node in edit.body_of(init)]
     new = add_parameter(edit.with_body(init, body), _QUANT)
     if edit.code(new) != edit.code(init):
         work.put(set_method(cls, new))

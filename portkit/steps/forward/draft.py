@@ -16,6 +16,7 @@ from portkit.draft.transforms.class_alias import write_out
 from portkit.draft.transforms.forward_attention import port_attention
 from portkit.draft.transforms.forward_layer import port_layer, port_mlp
 from portkit.draft.transforms.forward_model import port_causal_lm, port_model
+from portkit.draft.transforms.forward_moe import port_moe
 from portkit.draft.transforms.layer_list import unroll
 from portkit.draft.transforms.norms import port_norms
 from portkit.draft.transforms.recurrent import drop_buffers_from_outside, refuse_unknown
@@ -38,6 +39,8 @@ def draft_source(source: str, architecture: str) -> Work:
     port_attention(work)
     for name in dict.fromkeys(m.cls for m in facts.mlp):
         port_mlp(work, name)
+    for moe in facts.moe:
+        port_moe(work, moe)
     port_layer(work)
     port_model(work)
     port_causal_lm(work)

@@ -18,6 +18,7 @@ from portkit.draft.transforms.parallel_attention import port_attention
 from portkit.draft.transforms.parallel_head import port_causal_lm
 from portkit.draft.transforms.parallel_mlp import port_mlp
 from portkit.draft.transforms.parallel_model import port_layer, port_model
+from portkit.draft.transforms.parallel_moe import port_moe
 from portkit.draft.transforms.parallel_parts import head_parameters, whole_parameters
 from portkit.draft.work import Work
 from portkit.port import Port
@@ -39,6 +40,8 @@ def draft_source(source: str, architecture: str) -> Work:
     port_attention(work)
     for mlp in facts.mlp:
         port_mlp(work, mlp)
+    for moe in facts.moe:
+        port_moe(work, moe)
     port_layer(work)
     port_model(work)
     port_causal_lm(work)
@@ -50,6 +53,7 @@ def _refuse_own_parameters(work: Work) -> None:
     """Weights that a class keeps itself (experts, routers) need more than another layer class."""
     norms = {norm.name for norm in work.facts.norm_classes}
     attention = work.facts.attention
+    norms |= {c for moe in work.facts.moe for c in (moe.cls, moe.router.cls, moe.experts.cls)}
     for view in view_module(work.module.code).classes.values():
         own: set[str] = set()
         if attention is not None and view.name == attention.cls:

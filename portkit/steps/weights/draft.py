@@ -16,6 +16,7 @@ from portkit.draft import edit, source_draft
 from portkit.draft.blocker import Blocker
 from portkit.draft.finish import finish
 from portkit.draft.outcome import DraftOutcome
+from portkit.draft.transforms.weight_names import owners, renames
 from portkit.draft.work import Work, set_members, set_method
 from portkit.port import Port
 
@@ -40,16 +41,10 @@ def draft_source(source: str, architecture: str) -> Work:
         )
     cls = work.cls(facts.causal_lm)
     stacked = stacked_mapping(work)
+    plain, patterns = renames(architecture)
     mapper = ""
-    if stacked:
-        lines = "".join(
-            f'        "{name}": ("{fused}", {shard!r}),\n'.replace("'", '"')
-            for name, fused, shard in stacked
-        )
-        made = edit.statement(
-            "hf_to_vllm_mapper = WeightsMapper(\n    orig_to_new_stacked={\n"
-            "        # name in the checkpoint: (fused parameter, its shard)\n" + lines + "    }\n)"
-        )
+    if stacked or plain or patterns:
+        made = edit.statement(_made_mapper(stacked, plain, patterns))
         members = edit.members(cls)
         at = 1 if members and edit.is_docstring(members[0]) else 0
         old = next((m for m in members if _mapper(m) is not None), None)
@@ -82,22 +77,47 @@ def _mapper(node: edit.Statement) -> cst.Call | None:
 
 
 def _with_stacked(old: edit.Statement, made: edit.Statement) -> edit.Statement:
-    """The class's own WeightsMapper (renamed parameters) with the fused names as well."""
-    call, more = _mapper(old), _mapper(made).args[-1]
-    kept, before = [], []
-    for argument in call.args:
-        stacked = argument.keyword is not None and argument.keyword.value == "orig_to_new_stacked"
-        if stacked and isinstance(argument.value, cst.Dict):
-            before = [e for e in argument.value.elements if edit.code(e.key) not in edit.code(more)]
-        elif not stacked:
-            kept.append(argument.with_changes(comma=cst.Comma()))
+    """The class's own WeightsMapper (renamed parameters) with the other names as well."""
+    call = _mapper(old)
+    arguments = {a.keyword.value: a for a in call.args}
     comma = cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
-    elements = [e.with_changes(comma=comma) for e in before]
-    more = more.with_changes(
-        value=more.value.with_changes(elements=[*elements, *more.value.elements])
-    )
-    both = call.with_changes(args=[*kept, more])
+    for argument in _mapper(made).args:
+        name = argument.keyword.value
+        new = argument.value
+        if name in arguments and isinstance(arguments[name].value, cst.Dict):
+            before = [
+                e.with_changes(comma=comma)
+                for e in arguments[name].value.elements
+                if edit.code(e.key) not in edit.code(new)
+            ]
+            new = new.with_changes(elements=[*before, *new.elements])
+        arguments[name] = argument.with_changes(value=new)
+    both = call.with_changes(args=[a.with_changes(comma=comma) for a in arguments.values()])
     return edit.replace(old, lambda n: both if edit.is_call(n, "WeightsMapper") else None)
+
+
+def _made_mapper(
+    stacked: list[tuple[str, str, str | int]],
+    plain: list[tuple[str, str]],
+    patterns: list[tuple[str, str]],
+) -> str:
+    """WeightsMapper(...): vLLM applies patterns, then plain renames, then the fused linears."""
+    parts = []
+    if patterns:
+        lines = "".join(f'        re.compile(r"{old}"): r"{new}",\n' for old, new in patterns)
+        parts.append("    orig_to_new_regex={\n" + lines + "    },\n")
+    if plain:
+        lines = "".join(f'        "{old}": "{new}",\n' for old, new in plain)
+        note = "        # name in the checkpoint: name in this file\n"
+        parts.append("    orig_to_new_substr={\n" + note + lines + "    },\n")
+    if stacked:
+        lines = "".join(
+            f'        "{name}": ("{fused}", {shard!r}),\n'.replace("'", '"')
+            for name, fused, shard in stacked
+        )
+        note = "        # name in the checkpoint: (fused parameter, its shard)\n"
+        parts.append("    orig_to_new_stacked={\n" + note + lines + "    },\n")
+    return "hf_to_vllm_mapper = WeightsMapper(\n" + "".join(parts) + ")"
 
 
 def stacked_mapping(work: Work) -> list[tuple[str, str, str | int]]:
@@ -128,10 +148,12 @@ def stacked_mapping(work: Work) -> list[tuple[str, str, str | int]]:
                 f"{fused} is a {kind} but holds {len(parts)} linears.",
                 work.line_of("packed_modules_mapping"),
             )
+        holders = [] if kind == "QKVParallelLinear" else owners(module, fused)
         for part, shard in zip(parts, shards, strict=False):
             # The mapper replaces substrings: end at the dot if another name begins the same way.
             dot = "." if any(n != part and n.startswith(part) for n in names) else ""
-            stacked.append((f".{part}{dot}", f".{fused}{dot}", shard))
+            for owner in [f".{o}" for o in holders] or [""]:
+                stacked.append((f"{owner}.{part}{dot}", f"{owner}.{fused}{dot}", shard))
     fusing = {
         a for a, kind in made.items() if kind in ("QKVParallelLinear", "MergedColumnParallelLinear")
     }

@@ -55,10 +55,24 @@ SIZES: dict[str, int] = {
     "v_head_dim": 48,
     "kv_lora_rank": 40,
     "q_lora_rank": 56,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
+    # Experts: enough of them that a choice of two in two of four groups is one.
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "n_routed_experts": 8,
+    "moe_num_experts": 8,
     "num_experts_per_tok": 2,
+    "moe_topk": 2,
+    "moe_top_k": 2,
+    "moe_k": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "n_shared_experts": 1,
+    "num_shared_experts": 1,
+    "moe_num_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "moe_layer_start_index": 1,
+    "num_dense_layers": 1,
+    "decoder_sparse_step": 1,
     "moe_intermediate_size": 96,
     "shared_expert_intermediate_size": 96,
     "sliding_window": 24,
@@ -109,6 +123,9 @@ HARD: dict[str, Any] = {
     "sliding_window": 24,
     "attention_multiplier": 0.1,
     "layer_rope_theta": [20000.0, 0.0, 30000.0],
+    "routed_scaling_factor": 1.5,
+    "router_scaling_factor": 1.5,
+    "route_scale": 1.5,
 }
 """Values that make mistakes show; dropped one by one if the class refuses them."""
 EPS, HARD_EPS = re.compile(r"(^|_)eps(ilon)?$"), 1e-2
@@ -118,6 +135,7 @@ SCALE, HARD_SCALE = re.compile(r"_multiplier$|scal(e|ing)(_factor)?$"), 0.75
 OPTIONAL = (
     *("head_dim", "num_key_value_heads", "num_experts_per_tok"),
     *("clip_qkv", "sliding_window", "layer_rope_theta"),
+    *("n_routed_experts", "n_shared_experts"),
 )
 """Fields that are set even where the config's default is None."""
 NO_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
@@ -301,4 +319,9 @@ def _harden(model: torch.nn.Module, spread: float) -> None:
             else:
                 # Twice the usual spread: attention that is sharp, logits that are apart.
                 parameter.copy_(2.0 * noise / max(parameter.shape[-1], 1) ** 0.5)
+    for name, buffer in model.named_buffers():
+        # Corrections of routing scores are kept as buffers, of zeros before training.
+        if name.endswith("bias") and buffer.is_floating_point():
+            with torch.no_grad():
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     model.tie_weights()

@@ -53,8 +53,12 @@ def _refuse_own_parameters(work: Work) -> None:
     """Weights that a class keeps itself (experts, routers) need more than another layer class."""
     norms = {norm.name for norm in work.facts.norm_classes}
     attention = work.facts.attention
-    norms |= {c for moe in work.facts.moe for c in (moe.cls, moe.router.cls, moe.experts.cls)}
-    for view in view_module(work.module.code).classes.values():
+    classes = view_module(work.module.code).classes
+    for moe in work.facts.moe:
+        # A router is whole on every rank, and so is what it is made of.
+        norms |= {moe.cls, moe.router.cls, moe.experts.cls}
+        norms |= {call_name(item.value) for item in classes[moe.router.cls].assigned}
+    for view in classes.values():
         own: set[str] = set()
         if attention is not None and view.name == attention.cls:
             own = {*head_parameters(attention, view), *whole_parameters(attention, view)}

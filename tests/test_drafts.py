@@ -190,7 +190,6 @@ def test_forward_stops_with_the_line(seed: str) -> None:
 @pytest.mark.parametrize(
     ("model", "step", "words"),
     [
-        ("mixtral", "parallel", ("MixtralExperts.gate_up_proj", "FusedMoE")),
         ("doge", "forward", ("torch.exp(self.A",)),
     ],
 )

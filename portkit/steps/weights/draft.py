@@ -92,7 +92,8 @@ def _with_stacked(old: edit.Statement, made: edit.Statement) -> edit.Statement:
             ]
             new = new.with_changes(elements=[*before, *new.elements])
         arguments[name] = argument.with_changes(value=new)
-    both = call.with_changes(args=[a.with_changes(comma=comma) for a in arguments.values()])
+    every = [a.with_changes(comma=cst.MaybeSentinel.DEFAULT) for a in arguments.values()]
+    both = call.with_changes(args=every)
     return edit.replace(old, lambda n: both if edit.is_call(n, "WeightsMapper") else None)
 
 
@@ -105,19 +106,19 @@ def _made_mapper(
     parts = []
     if patterns:
         lines = "".join(f'        re.compile(r"{old}"): r"{new}",\n' for old, new in patterns)
-        parts.append("    orig_to_new_regex={\n" + lines + "    },\n")
+        parts.append("    orig_to_new_regex={\n" + lines + "    }")
     if plain:
         lines = "".join(f'        "{old}": "{new}",\n' for old, new in plain)
         note = "        # name in the checkpoint: name in this file\n"
-        parts.append("    orig_to_new_substr={\n" + note + lines + "    },\n")
+        parts.append("    orig_to_new_substr={\n" + note + lines + "    }")
     if stacked:
         lines = "".join(
             f'        "{name}": ("{fused}", {shard!r}),\n'.replace("'", '"')
             for name, fused, shard in stacked
         )
         note = "        # name in the checkpoint: (fused parameter, its shard)\n"
-        parts.append("    orig_to_new_stacked={\n" + note + lines + "    },\n")
-    return "hf_to_vllm_mapper = WeightsMapper(\n" + "".join(parts) + ")"
+        parts.append("    orig_to_new_stacked={\n" + note + lines + "    }")
+    return "hf_to_vllm_mapper = WeightsMapper(\n" + ",\n".join(parts) + "\n)"
 
 
 def stacked_mapping(work: Work) -> list[tuple[str, str, str | int]]:

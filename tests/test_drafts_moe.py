@@ -1,0 +1,74 @@
+"""Drafts of mixture-of-experts models: routing rules, experts, the checkpoint's names."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from portkit.architectures import find_architecture
+from portkit.draft.source_draft import draft_source_outcome
+from portkit.steps.copy.extract import extract
+from portkit.steps.copy.places import InTransformers
+
+STEPS = ("forward", "parallel", "weights")
+
+
+def drafted(model: str, changed: tuple[str, str] = ("", "")) -> dict[str, str]:
+    """Step -> source of its draft, from Transformers' file after one change of its text."""
+    found = find_architecture(model)
+    text = found.file.read_text(encoding="utf-8")
+    assert changed[0] in text
+    text = text.replace(*changed) if changed[0] else text
+    source = extract(text, found.name, found.file.name, InTransformers(found.module)).code
+    sources = {}
+    for step in STEPS:
+        drafting = importlib.import_module(f"portkit.steps.{step}.draft").draft_source
+        outcome = draft_source_outcome(source, found.name, step, "m.py", drafting)
+        assert outcome.status == "success", outcome.reason
+        ((_, source),) = outcome.files
+        sources[step] = source
+    return sources
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (
+            "mixtral",
+            ("renormalize=True", 'ckpt_names=("w1", "w2", "w3")', '".block_sparse_moe.": ".mlp."'),
+        ),
+        ("qwen3_moe", ("renormalize=config.norm_topk_prob", '".mlp.gate_proj": (')),
+        (
+            "dots1",
+            (
+                "num_expert_group=config.n_group",
+                'scoring_func="sigmoid"',
+                "routed_scaling_factor=config.routed_scaling_factor",
+                "e_score_correction_bias=self.gate.e_score_correction_bias",
+                "out_dtype=torch.float32",
+            ),
+        ),
+        ("aria_text", ("is_fused_checkpoint_transposed=True", '"mlp.experts.fc1.weight"')),
+        # No argument of vLLM's says this rule: the author's arithmetic, as a method.
+        ("cohere2_moe", ("def route(", "custom_routing_function=self.gate.route")),
+    ],
+)
+def test_experts_are_fused(model: str, words: tuple[str, ...]) -> None:
+    sources = drafted(model)
+    assert "index_add_" in sources["forward"]
+    assert "FusedMoEFactory(" in sources["weights"]
+    assert "index_add_" not in sources["weights"]
+    for word in words:
+        assert word in sources["weights"]
+
+
+def test_a_rule_of_its_own_is_not_taken_for_vllms() -> None:
+    """One changed operation, and the routing is the author's again."""
+    seed = (
+        "router_top_value /= router_top_value.sum(dim=-1, keepdim=True)",
+        "router_top_value /= router_top_value.max(dim=-1, keepdim=True)[0]",
+    )
+    source = drafted("mixtral", seed)["weights"]
+    assert "router_top_value.max(" in source
+    assert "custom_routing_function=self.gate.route" in source

@@ -110,6 +110,12 @@ def test_renamed_parameters_and_fused_ones_share_a_mapper() -> None:
     assert text.count("WeightsMapper(") == 1
 
 
+def test_an_activation_called_as_a_function_is_fused_with_gate_and_up() -> None:
+    text = weights("lfm2")
+    assert '".w1": (".gate_up_proj", 0),' in text
+    assert 'self.act_fn = get_act_and_mul_fn("silu")' in text
+
+
 def test_a_norm_over_all_channels_replaces_the_one_over_groups() -> None:
     """MambaMixer2 norms each group of channels; these models norm all channels together."""
     assert "self.mamba.norm = Mixer2RMSNormGated(" in weights("bamba")

@@ -13,6 +13,7 @@ from portkit.draft.transforms.forward_attention import (
     _layer_index,
     attention_signature,
 )
+from portkit.draft.transforms.named_activation import name_activation
 from portkit.draft.work import Work, plain_module, rewrite_init, set_method
 
 
@@ -74,6 +75,8 @@ def port_mlp(work: Work, name: str) -> None:
     init, forward = edit.method(cls, "__init__"), edit.method(cls, "forward")
     if init is None or forward is None or "prefix" in edit.parameters(init):
         return
+    cls = name_activation(cls)
+    init, forward = edit.method(cls, "__init__"), edit.method(cls, "forward")
     unpacked = [
         t
         for t in edit.find(forward, lambda n: isinstance(n, cst.Assign))

@@ -15,6 +15,8 @@ WRITTEN = [
     ("diffllama", "forward", "value_states1 = value_states1.repeat(1, 2)"),
     ("diffllama", "forward", 'prefix=f"{prefix}.attn_2"'),
     ("diffllama", "weights", "self.o_proj = ReplicatedLinear("),
+    ("qwen3_5", "weights", "self.total_num_heads * 2,"),
+    ("qwen3_5", "weights", "[2 * self.q_size, self.kv_size, self.kv_size]"),
     ("bitnet", "weights", "self.attn_sub_norm, attn_output, 1\n"),
     ("ministral3", "forward", "return scaling[:, None]\n"),
     ("ministral3", "forward", "query_states * get_llama_4_attn_scale(\n            positions,"),

@@ -143,6 +143,8 @@ class AttentionFacts:
     """Norms on what attention returns, before the output projection."""
     gates: tuple[Linear, ...] = ()
     """Linears that make none of query, key, value and output: gates, as a rule."""
+    query_parts: int = 1
+    """2 if the query projection makes a gate beside the query, in each head."""
     sinks: str = ""
     """As passed to attention, e.g. "self.sinks": one more logit per head; "" if none."""
     fused: FusedQkv | None = None

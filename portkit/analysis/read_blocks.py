@@ -157,6 +157,7 @@ def read_attention(reader: Reader, view: ClassView) -> AttentionFacts:
         output_norms=tuple(n for n in every_norm if n.attr in after.norms),
         gates=tuple(v for a, v in linears.items() if a not in {*role.values(), output}),
         sinks="" if sinks == "None" else sinks,
+        query_parts=(head_factors(q, resolved_dim) or ("", 1))[1],
         fused=layout,
     )
 
@@ -256,17 +257,34 @@ def _output_linear(
 
 
 def _heads(linear: Linear | None, head_dim: str) -> str:
-    """The factor of out_features beside the head dimension."""
+    """The factor of out_features beside the head dimension (and beside parts of each head)."""
+    parts = head_factors(linear, head_dim)
+    return parts[0] if parts else ""
+
+
+def head_factors(linear: Linear | None, head_dim: str) -> tuple[str, int] | None:
+    """(heads, parts) of a linear that is heads * head_dim * parts wide: 2 for a gate in each head.
+
+    None if its width is no such product.
+    """
     if linear is None:
-        return ""
-    node = ast.parse(linear.out_features or "None", mode="eval").body
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-        left, right = text(node.left), text(node.right)
-        if right == head_dim:
-            return left
-        if left == head_dim:
-            return right
-    return ""
+        return None
+    factors = _factors(ast.parse(linear.out_features or "None", mode="eval").body, head_dim)
+    if head_dim not in factors:
+        return None
+    factors.remove(head_dim)
+    parts = [f for f in factors if f == "2"]
+    heads = [f for f in factors if f != "2"]
+    if len(heads) != 1 or len(parts) > 1:
+        return None
+    return heads[0], 2 if parts else 1
+
+
+def _factors(node: ast.expr, whole: str) -> list[str]:
+    """Factors of a product, as source; `whole` is not taken apart."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult) and text(node) != whole:
+        return [*_factors(node.left, whole), *_factors(node.right, whole)]
+    return [text(node)]
 
 
 # ---- feed-forward -------------------------------------------------------------------------------

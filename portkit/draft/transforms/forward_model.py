@@ -108,7 +108,7 @@ def _model_body(work: Work, forward: cst.FunctionDef) -> list[edit.Statement]:
     layer_input = edit.parameters(edit.method(work.cls(facts.layer.cls), "forward"))[1]
     body: list[edit.Statement] = []
     for node in edit.body_of(forward):
-        if isinstance(node, cst.If) and edit.code(node.test).startswith("position_ids is None"):
+        if isinstance(node, cst.If) and _asks_positions(node.test):
             continue
         if isinstance(node, cst.For) and _is_layer_loop(node, facts.layers_attr):
             node = _layer_loop(work, node, layer_input)
@@ -127,6 +127,14 @@ def _model_body(work: Work, forward: cst.FunctionDef) -> list[edit.Statement]:
         for n in body
     ]
     return [_plain_loop(n) for n in prune.live_body(body)]
+
+
+def _asks_positions(test: cst.BaseExpression) -> bool:
+    """Whether positions are given, or have an axis for images: vLLM's are always [num_tokens]."""
+    shown = edit.code(test)
+    return shown.startswith("position_ids is None") or (
+        edit.names_read(test) == {"position_ids"} and "position_ids.ndim ==" in shown
+    )
 
 
 def _is_layer_loop(node: cst.For, attr: str) -> bool:

@@ -8,6 +8,7 @@ import libcst as cst
 
 from portkit.analysis.classes import ClassView, text, view_module
 from portkit.analysis.facts import AttentionFacts, Linear
+from portkit.analysis.read_blocks import head_factors
 from portkit.draft import edit
 from portkit.draft.blocker import Blocker
 from portkit.draft.transforms.constructors import add_parameter, linear_statement
@@ -104,12 +105,8 @@ def _check_projections(facts: AttentionFacts, view: ClassView) -> tuple[Linear, 
         parts, (facts.num_heads, facts.num_kv_heads, facts.num_kv_heads), strict=False
     ):
         count = _resolved(view, heads)
-        if part.out_features not in (
-            f"{count} * {dim}",
-            f"{dim} * {count}",
-            f"{count} * ({dim})",
-            f"({dim}) * {count}",
-        ):
+        wanted = (count, facts.query_parts if part is facts.q else 1)
+        if head_factors(part, dim) != wanted:
             raise Blocker(
                 f"{facts.cls}.{part.attr} is {part.out_features} wide, not {count} heads of {dim}.",
                 part.line,
@@ -136,6 +133,7 @@ def _init(work, cls, facts: AttentionFacts, view, first: Linear, bias: str) -> c
     renames = _total_names(view, heads, kv_heads)
     body: list[edit.Statement] = []
     gates = {gate.attr: gate for gate in facts.gates}
+    gated = facts.query_parts == 2
     fused = facts.qkv.attr if facts.qkv is not None else "qkv_proj"
     removed = {part.attr for part in (facts.q, facts.k, facts.v) if part is not None}
     for node in edit.body_of(init):
@@ -157,10 +155,11 @@ def _init(work, cls, facts: AttentionFacts, view, first: Linear, bias: str) -> c
             body.append(
                 edit.blank_before(
                     edit.statement(f"""
+{"# Each query head has a gate of its size beside it." if gated else ""}
 self.{fused} = QKVParallelLinear(
     {edit.flat(node_in)},
     {facts.head_dim},
-    self.total_num_heads,
+    self.total_num_heads{" * 2" if gated else ""},
     self.total_num_kv_heads,
     bias={bias},
     quant_config=quant_config,

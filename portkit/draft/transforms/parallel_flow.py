@@ -74,6 +74,7 @@ def _fuse(facts: AttentionFacts, forward: cst.FunctionDef) -> list[edit.Statemen
     used = {edit.code(found[0]): name for found, name in zip(calls.values(), names, strict=False)}
     out: list[edit.Statement] = []
     placed = False
+    gated = facts.query_parts == 2
     for node in body:
         holds = edit.find(node, lambda n: isinstance(n, cst.Call) and edit.code(n) in used)
         if holds and not placed:
@@ -82,8 +83,9 @@ def _fuse(facts: AttentionFacts, forward: cst.FunctionDef) -> list[edit.Statemen
                     f"{facts.cls}.forward projects query, key and value inside an if or for.",
                     facts.line,
                 )
+            split = SPLIT.replace("[self.q_size", "[2 * self.q_size") if gated else SPLIT
             made = edit.statements(
-                f"qkv, _ = self.qkv_proj({inputs.pop()})\n{', '.join(names)} = {SPLIT}"
+                f"qkv, _ = self.qkv_proj({inputs.pop()})\n{', '.join(names)} = {split}"
             )
             made[0] = made[0].with_changes(leading_lines=node.leading_lines)
             node = node.with_changes(leading_lines=[])

@@ -56,6 +56,12 @@ def draft_source_outcome(
         return DraftOutcome(
             step, "failed", reason=f"{path}, {blocker}" if blocker.line else f"{path}: {blocker}"
         )
+    except ParserSyntaxError as error:
+        # A transform put together what is no Python: its fault, but never the reader's crash.
+        said = str(error).splitlines()[0]
+        return DraftOutcome(
+            step, "failed", reason=f"{path}: portkit could not write this draft ({said})."
+        )
     except RecursionError:
         return DraftOutcome(
             step, "failed", reason=f"{path}: the code is nested too deeply to follow."

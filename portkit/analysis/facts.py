@@ -237,6 +237,15 @@ class ModelFacts:
     layers: tuple[LayerFacts, ...] = ()
     """Every class of decoder layer in the list; `layer` is the first with attention."""
     recurrent: tuple[RecurrentFacts, ...] = ()
+    wrappers: tuple[tuple[str, str], ...] = ()
+    """(class, attribute of the next) of each class between the ForCausalLM class and the model."""
+    attention_wrapper: LayerFacts | None = None
+    """A module between layer and attention that only calls the attention."""
+
+    @property
+    def model_path(self) -> str:
+        """Attributes from the ForCausalLM class to the model, e.g. "model.decoder"."""
+        return ".".join([self.model_attr, *(attr for _, attr in self.wrappers)])
 
     def recurrent_class(self, name: str) -> RecurrentFacts | None:
         return next((r for r in self.recurrent if r.cls == name), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from itertools import pairwise
 
 from portkit.analysis.classes import ClassView, ModuleView, argument, call_name, text, view_module
 from portkit.analysis.facts import (
@@ -17,8 +18,9 @@ from portkit.analysis.facts import (
 )
 from portkit.analysis.making import made_by
 from portkit.analysis.moe import is_moe, read_moe
+from portkit.analysis.nesting import path_to_attention, path_to_layers
 from portkit.analysis.norms import formula_of, is_norm
-from portkit.analysis.read_blocks import is_attention, linears_of, read_attention, read_mlp
+from portkit.analysis.read_blocks import linears_of, read_attention, read_mlp
 from portkit.analysis.recurrent import VLLM_LAYERS, RecurrentFacts, is_recurrent, read_recurrent
 from portkit.analysis.roles import missing_layers
 from portkit.analysis.rotary import layout_of
@@ -149,7 +151,7 @@ class Reader:
         return RotaryFacts(holder[1].name, function.name, layout, partial, why, line, layouts)
 
     def layer(self, view: ClassView) -> LayerFacts:
-        attention = self.submodule(view, is_attention)
+        attention = next(iter(path_to_attention(self, view)), None)
         norms = self.norms_of(view)
         mlps = []
         recurrent = self.recurrent_of(view)
@@ -190,7 +192,9 @@ class Reader:
     def head(self, view: ClassView) -> HeadFacts | None:
         for item in view.assigned:
             name = call_name(item.value).rsplit(".", 1)[-1]
-            if "head" not in item.attr or name not in ("Linear", "ParallelLMHead"):
+            if name not in ("Linear", "ParallelLMHead"):
+                continue
+            if "head" not in item.attr and "vocab_size" not in text(item.value):
                 continue
             assert isinstance(item.value, ast.Call)
             bias = argument(item.value, 2, "bias")
@@ -198,7 +202,7 @@ class Reader:
                 "_tied_weights_keys" in text(view.node)
                 or "tie_weights" in text(view.node)
                 or any(
-                    "embed" in text(s.value) and "weight" in text(s.targets[0])
+                    text(s.value).endswith(".weight") and text(s.targets[0]).endswith(".weight")
                     for s in ast.walk(view.node)
                     if isinstance(s, ast.Assign)
                 )
@@ -232,7 +236,8 @@ def read_facts(source: str, architecture: str) -> ModelFacts:
     lm = classes.get(architecture)
     if lm is None:
         reader.cannot_tell("roles", f"there is no class {architecture} in the file", 1)
-    held = reader.submodule(lm, lambda c: reader.layers_of(c) is not None) if lm else None
+    path = path_to_layers(reader, lm) if lm else []
+    held = path[-1] if path else None
     if lm is not None and held is None:
         reader.cannot_tell("roles", *missing_layers(reader.module, lm))
     model = held[1] if held else None
@@ -241,9 +246,8 @@ def read_facts(source: str, architecture: str) -> ModelFacts:
     every = tuple(reader.layer(v) for v in views)
     layer = next((f for f in every if f.attention_attr), every[0] if every else None)
     recurrent = _recurrent(reader, views)
-    attention = next(
-        (found for v in views if (found := reader.submodule(v, is_attention)) is not None), None
-    )
+    to_attention = next((p for v in views if (p := path_to_attention(reader, v))), [])
+    attention = to_attention[-1] if to_attention else None
     if views and attention is None and not recurrent:
         reader.cannot_tell(
             "roles", f"no submodule of {views[0].name} is an attention", views[0].line
@@ -264,7 +268,7 @@ def read_facts(source: str, architecture: str) -> ModelFacts:
         state=_state(reader, lm, model, attention[1] if attention else None),
         causal_lm=lm.name if lm else "",
         model=model.name if model else "",
-        model_attr=held[0] if held else "",
+        model_attr=path[0][0] if path else "",
         layers_attr=layers[0] if layers else "",
         final_norm=final[-1] if final else "",
         layer=layer,
@@ -280,6 +284,8 @@ def read_facts(source: str, architecture: str) -> ModelFacts:
         layers=every,
         recurrent=recurrent,
         moe=moe,
+        wrappers=tuple((a[1].name, b[0]) for a, b in pairwise(path)),
+        attention_wrapper=reader.layer(to_attention[0][1]) if len(to_attention) > 1 else None,
     )
 
 

@@ -269,6 +269,9 @@ def head_factors(linear: Linear | None, head_dim: str) -> tuple[str, int] | None
     """
     if linear is None:
         return None
+    width, count = quotient(head_dim)
+    if count and linear.out_features == width:
+        return count, 1
     factors = _factors(ast.parse(linear.out_features or "None", mode="eval").body, head_dim)
     if head_dim not in factors:
         return None
@@ -278,6 +281,16 @@ def head_factors(linear: Linear | None, head_dim: str) -> tuple[str, int] | None
     if len(heads) != 1 or len(parts) > 1:
         return None
     return heads[0], 2 if parts else 1
+
+
+def quotient(head_dim: str) -> tuple[str, str]:
+    """(width, heads) of a head dimension that is `width // heads` or `int(width / heads)`."""
+    node = ast.parse(head_dim or "None", mode="eval").body
+    if isinstance(node, ast.Call) and call_name(node) == "int" and len(node.args) == 1:
+        node = node.args[0]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv | ast.Div):
+        return text(node.left), text(node.right)
+    return "", ""
 
 
 def _factors(node: ast.expr, whole: str) -> list[str]:

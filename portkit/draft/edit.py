@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from typing import cast
 
 import libcst as cst
@@ -142,10 +143,36 @@ def find(node: cst.CSTNode, wanted: Callable[[cst.CSTNode], bool]) -> list[cst.C
     def walk(here: cst.CSTNode) -> None:
         if wanted(here):
             found.append(here)
-        for child in here.children:
+        for child in _children(here):
             walk(child)
 
     walk(node)
+    return found
+
+
+_SPACES = ("whitespace", "leading_", "trailing_", "lines_after", "header", "footer", "newline")
+_PUNCTUATION = ("lpar", "rpar", "comma", "semicolon", "equal", "dot", "lbracket", "rbracket")
+_ORDER = {cst.IfExp: ("body", "test", "orelse"), cst.FunctionDef: ("decorators", "params", "body")}
+_FIELDS: dict[type, tuple[str, ...]] = {}
+
+
+def _children(node: cst.CSTNode) -> list[cst.CSTNode]:
+    """Children that are code, in source order; libcst's own `children` builds them by a visit."""
+    kind = type(node)
+    names = _FIELDS.get(kind)
+    if names is None:
+        every = [f.name for f in fields(kind)]
+        first = [n for n in _ORDER.get(kind, ()) if n in every]
+        rest = [n for n in every if n not in first]
+        spaces = [n for n in rest if n.startswith(_SPACES) or n in _PUNCTUATION]
+        names = _FIELDS[kind] = tuple([*first, *(n for n in rest if n not in spaces)])
+    found: list[cst.CSTNode] = []
+    for name in names:
+        value = getattr(node, name)
+        if isinstance(value, cst.CSTNode):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [v for v in value if isinstance(v, cst.CSTNode)]
     return found
 
 
@@ -172,7 +199,7 @@ def names_read(node: cst.CSTNode) -> set[str]:
             if not isinstance(here.target, cst.Name):
                 walk(here.target)
         else:
-            for child in here.children:
+            for child in _children(here):
                 walk(child)
 
     walk(node)

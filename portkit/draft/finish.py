@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from portkit.draft import prune
 from portkit.draft.blocker import Blocker
 from portkit.draft.imports import keep_reachable, rebuild_imports, unknown_names
+from portkit.draft.serving.parameters import drop_unread_constructor_parameters
 from portkit.draft.work import Work
 
 
@@ -20,6 +21,7 @@ def finish(work: Work) -> str:
         size = len(module.code)
         module = keep_reachable(module, [work.facts.causal_lm])
         module = prune.prune_attributes(module)
+        module = drop_unread_constructor_parameters(module)
     module = rebuild_imports(module)
     loose = sorted(unknown_names(module))
     if loose:

@@ -126,6 +126,8 @@ def load(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
                 left_over[name] = tuple(tensor.shape)
             continue
         parameter = parameters[target.parameter]
+        if _is_transposed(model, name):
+            tensor = tensor.t()
         _write(parameter, tensor, name, target)
         done = filled.setdefault(id(parameter), [])
         if target.shard in done:
@@ -145,6 +147,12 @@ def load(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
         elif missing:
             unwritten[f"{name} {missing}"] = tuple(parameter.shape)
     return LoadReport(written, left_over, unwritten, tuple(twice))
+
+
+def _is_transposed(model: nn.Module, name: str) -> bool:
+    """Does the class say that the checkpoint stores this linear's weight as [in, out]?"""
+    *_, layer, kind = ("", *name.split("."))
+    return kind == "weight" and layer in (getattr(model, "transposed_weights", None) or ())
 
 
 def loadable(model: nn.Module) -> dict[str, torch.Tensor]:

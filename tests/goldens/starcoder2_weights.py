@@ -253,8 +253,7 @@ class Starcoder2Model(nn.Module):
             if inputs_embeds is None:
                 inputs_embeds = self.embed_input_ids(input_ids)
 
-            hidden_states = inputs_embeds
-            hidden_states = hidden_states  # main diff with Llama
+            hidden_states = inputs_embeds  # main diff with Llama
         else:
             assert intermediate_tensors is not None
             hidden_states = intermediate_tensors["hidden_states"]

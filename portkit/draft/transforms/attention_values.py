@@ -58,7 +58,7 @@ def attention_name(number: int) -> str:
 ELEMENTWISE = (
     *("clamp", "to", "float", "type_as", "mul", "div", "tanh", "sigmoid", "exp", "relu"),
 )
-KNOWN_KEYWORDS = ("scaling", "sliding_window", "softcap", "s_aux")
+KNOWN_KEYWORDS = ("scaling", "sliding_window", "softcap", "s_aux", "position_bias")
 IGNORED_KEYWORDS = (
     "dropout",
     "position_ids",

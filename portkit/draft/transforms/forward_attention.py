@@ -9,6 +9,7 @@ from portkit.analysis.classes import text, view_module
 from portkit.analysis.read_blocks import linears_of
 from portkit.draft import edit, prune
 from portkit.draft.blocker import Blocker
+from portkit.draft.transforms.alibi_slopes import BIAS, SLOPES_ARGUMENT, slopes_statements
 from portkit.draft.transforms.attention_elementwise import flat_positions
 from portkit.draft.transforms.attention_flow import AttentionFlow
 from portkit.draft.transforms.attention_values import attention_name
@@ -95,10 +96,11 @@ def port_attention(work: Work) -> None:
     if "sliding_window" not in keywords and (window := window_of_masks(work)):
         keywords["sliding_window"] = edit.expression(window)
         work.did.append(f"{facts.cls}: the window that the masks had goes to vLLM's Attention.")
+    made += slopes_statements(keywords, facts.num_heads)
     for number in range(1, flow.calls + 1):
         made.append(_attention(work, view, keywords, attention_name(number)))
-    if len(made) == 1:
-        made = [edit.blank_before(made[0])]
+    if not flow.rotary_used:
+        made[0] = edit.blank_before(made[0])
     own = [
         node
         for node in _inference_init(edit.body_of(init))
@@ -196,6 +198,8 @@ def _attention(
         arguments.append(f"per_layer_sliding_window={here(keywords['sliding_window'])}")
     if "s_aux" in keywords:
         arguments.append(f"sinks={here(keywords['s_aux'])}")
+    if BIAS in keywords:
+        arguments.append(SLOPES_ARGUMENT)
     arguments.append(f'prefix=f"{{prefix}}.{attr}"')
     made = edit.statement(f"self.{attr} = Attention(\n    " + ",\n    ".join(arguments) + ",\n)")
     made = edit.comment_before(made, "The prefix names this layer's KV cache: it must be unique.")

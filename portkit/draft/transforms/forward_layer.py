@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import libcst as cst
 
-from portkit.analysis.facts import LayerFacts
+from portkit.analysis.facts import AttentionFacts, LayerFacts
 from portkit.draft import edit, prune
 from portkit.draft.blocker import Blocker
 from portkit.draft.transforms import recurrent
@@ -19,13 +19,19 @@ from portkit.draft.work import Work, plain_module, rewrite_init, set_method
 
 def port_layer(work: Work) -> None:
     """Rewrite each class of decoder layer: the author's residual statements stay as they are."""
+    wrapper = work.facts.attention_wrapper
+    if wrapper is not None:
+        _port_layer(work, wrapper, work.facts.attention)
     for facts in work.facts.layers:
-        _port_layer(work, facts)
+        inner = (wrapper or work.facts.attention) if facts.attention_attr else None
+        _port_layer(work, facts, inner)
     recurrent.drop_mixer_classes(work)
 
 
-def _port_layer(work: Work, facts: LayerFacts) -> None:
-    attention = work.facts.attention if facts.attention_attr else None
+def _port_layer(
+    work: Work, facts: LayerFacts, attention: AttentionFacts | LayerFacts | None
+) -> None:
+    """`attention`: what the class calls for it, which may be a module around the attention."""
     mixers = recurrent.mixers_of(work, facts)
     cls = work.cls(facts.cls)
     forward, init = edit.method(cls, "forward"), edit.method(cls, "__init__")
@@ -44,6 +50,7 @@ def _port_layer(work: Work, facts: LayerFacts) -> None:
         _one_tensor(_call_attention(node, facts.attention_attr, inside, work), hidden)
         for node in body
     ]
+    body = _outputs_as_tensor(body, facts.attention_attr)
     body = prune.live_body(
         recurrent.nested(body, lambda n: recurrent.call(n, mixers, work, facts.cls))
     )
@@ -132,6 +139,28 @@ def _call_attention(node: edit.Statement, attr: str, inside: str, work: Work) ->
     return edit.replace(edit.replace(node, change), first_target)
 
 
+def _outputs_as_tensor(body: list[edit.Statement], attr: str) -> list[edit.Statement]:
+    """outputs = self.attn(...); a = outputs[0] -> the attention returns one tensor now."""
+    names = {
+        edit.code(pair[0])
+        for node in body
+        if (pair := edit.assigned(node)) and edit.is_call(pair[1], f"self.{attr}")
+    }
+    return [
+        edit.replace(
+            node,
+            lambda n: (
+                n.value
+                if isinstance(n, cst.Subscript)
+                and edit.code(n.value) in names
+                and edit.code(n).endswith("[0]")
+                else None
+            ),
+        )
+        for node in body
+    ]
+
+
 def _one_tensor(node: edit.Statement, hidden: str) -> edit.Statement:
     """return (hidden_states, ...) -> return hidden_states."""
     small = edit.single(node)
@@ -157,8 +186,7 @@ def _constructed(node: cst.CSTNode, attr: str, kind: str, work: Work) -> cst.CST
     if not isinstance(node, cst.Call) or not work.has(edit.code(node.func)):
         return None
     name = edit.code(node.func)
-    attention = work.facts.attention
-    if (attention is None or attention.cls != name) and "prefix" not in edit.parameters(
+    if kind != "attention" and "prefix" not in edit.parameters(
         edit.method(work.cls(name), "__init__")
     ):
         return None

@@ -6,11 +6,12 @@ import libcst as cst
 
 from portkit.draft import edit, prune
 from portkit.draft.blocker import Blocker
+from portkit.draft.serving.inline import without_copies
 from portkit.draft.transforms import layer_list
 from portkit.draft.transforms.forward_layer import check_no_leftovers
 from portkit.draft.work import Work, plain_module, rewrite_init, set_members, set_method
 
-_FORWARD = """
+FORWARD = """
 def forward(
     self,
     input_ids: torch.Tensor | None,
@@ -39,7 +40,7 @@ def port_model(work: Work) -> None:
             "Finish or undo that class, then draft again.",
         )
     _check_masks(work, forward)
-    new = edit.with_body(edit.function(_FORWARD), _model_body(work, forward))
+    new = edit.with_body(edit.function(FORWARD), _model_body(work, forward))
     check_no_leftovers(new, forward, facts.model, work)
     cls = set_method(cls, new)
     after_super = edit.statements("""
@@ -177,6 +178,7 @@ def _layer_loop(work: Work, node: cst.For, layer_input: str) -> cst.For:
 
     node = edit.replace(edit.replace(node, change), first)
     body = [s for s in edit.body_of(node) if not _hidden_state_recording(s)]
+    body = without_copies(body)
     layers = f"islice(self.{work.facts.layers_attr}, self.start_layer, self.end_layer)"
     numbered = isinstance(target, cst.Tuple)
     return edit.with_body(node, body).with_changes(
@@ -275,6 +277,10 @@ self.start_layer, self.end_layer, self.{attr} = make_layers(
 """).with_changes(leading_lines=node.leading_lines)
 
 
+def construct_model(name: str, attr: str) -> str:
+    return f'self.{attr} = {name}(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "{attr}"))'
+
+
 # ---- ForCausalLM --------------------------------------------------------------------------------
 
 
@@ -296,6 +302,7 @@ def port_causal_lm(work: Work) -> None:
             f"{facts.causal_lm} has no forward.", work.line_of(f"class {facts.causal_lm}")
         )
     logits = _logits_body(work, forward)
+    held = facts.wrappers[0][0] if facts.wrappers else facts.model
     ties = head.can_tie
     cls = plain_module(cls)
     members = [
@@ -309,24 +316,16 @@ def port_causal_lm(work: Work) -> None:
         pair = edit.assigned_attribute(node)
         if pair and pair[0] == "config":
             continue
-        if pair and edit.is_call(pair[1], facts.model):
-            node = edit.replace(
-                node,
-                lambda n: (
-                    edit.expression(
-                        f"{facts.model}(vllm_config=vllm_config, "
-                        f'prefix=maybe_prefix(prefix, "{facts.model_attr}"))'
-                    )
-                    if edit.is_call(n, facts.model)
-                    else None
-                ),
+        if pair and edit.is_call(pair[1], held):
+            node = edit.statement(construct_model(held, facts.model_attr)).with_changes(
+                leading_lines=node.leading_lines
             )
         body.append(node)
         if pair and pair[0] == head.attr and ties:
             body += edit.statements(f"""
 if config.tie_word_embeddings:
     # The checkpoint has no {head.attr}.weight of its own.
-    self.{head.attr}.weight = self.{facts.model_attr}.{facts.embedding.attr}.weight
+    self.{head.attr}.weight = self.{facts.model_path}.{facts.embedding.attr}.weight
 """)
     after_super = edit.statements(
         "config = vllm_config.model_config.hf_config\nself.config = config"
@@ -336,7 +335,7 @@ if config.tie_word_embeddings:
     call = (
         f"return self.{facts.model_attr}(input_ids, positions, intermediate_tensors, inputs_embeds)"
     )
-    cls = set_method(cls, edit.with_body(edit.function(_FORWARD), [edit.statement(call)]))
+    cls = set_method(cls, edit.with_body(edit.function(FORWARD), [edit.statement(call)]))
     compute = edit.function(
         "def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:\n    pass"
     )
@@ -355,7 +354,7 @@ def _logits_body(work: Work, forward: cst.FunctionDef) -> list[edit.Statement]:
     body: list[edit.Statement] = []
     for node in edit.body_of(forward):
         pair = edit.assigned(node)
-        if pair and edit.is_call(pair[1], f"self.{facts.model_attr}"):
+        if pair and edit.is_call(pair[1], f"self.{facts.model_attr}", f"self.{facts.model_path}"):
             outputs = edit.code(pair[0])
             continue
         if pair and edit.is_call(pair[1], f"self.{facts.head.attr}") is False and outputs:
@@ -378,6 +377,8 @@ def _logits_body(work: Work, forward: cst.FunctionDef) -> list[edit.Statement]:
             and isinstance(here.value, cst.Name)
         ):
             return here.value
+        if isinstance(here, cst.Call) and edit.code(here.func).endswith(".contiguous"):
+            return here.func.value
         if isinstance(here, cst.Attribute) and edit.code(here) == f"{outputs}.last_hidden_state":
             return cst.Name("hidden_states")
         return None

@@ -161,7 +161,7 @@ def _around(
     body = edit.body_of(forward)
     first = body[layout.first]
     call = edit.find(first, lambda n: edit.is_call(n, f"self.{layout.attr}"))
-    if len(call) != 1 or not call[0].args:
+    if len({edit.code(c) for c in call}) != 1 or not call[0].args:
         raise Blocker(f"{facts.cls}.forward calls self.{layout.attr} in branches.", facts.qkv.line)
     between = [
         node

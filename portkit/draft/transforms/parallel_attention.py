@@ -11,6 +11,7 @@ from portkit.analysis.facts import AttentionFacts, Linear
 from portkit.analysis.read_blocks import head_factors
 from portkit.draft import edit
 from portkit.draft.blocker import Blocker
+from portkit.draft.transforms.alibi_slopes import slopes_of_this_rank
 from portkit.draft.transforms.constructors import add_parameter, linear_statement
 from portkit.draft.transforms.fused_qkv import add_loader, loader_statements
 from portkit.draft.transforms.parallel_flow import add_norm_helper, rewrite_forward
@@ -182,7 +183,7 @@ self.{fused} = QKVParallelLinear(
     body = [_rename(s, renames) for s in body]
     body = own_parts(work, facts, view, body)
     body = norms_of_own_heads(work, facts, view, body)
-    body = _after_head_dim(body, facts, renames)
+    body = slopes_of_this_rank(_after_head_dim(body, facts, renames))
     return add_parameter(
         edit.with_body(init, body), "quant_config: QuantizationConfig | None = None"
     )
@@ -196,7 +197,7 @@ def _total_names(view: ClassView, heads: str, kv_heads: str) -> dict[str, str]:
         if (
             not item.condition
             and value in (heads, kv_heads)
-            and isinstance(item.value, ast.Attribute)
+            and isinstance(item.value, ast.Attribute | ast.Name)
         ):
             wants_kv = "key_value" in item.attr or "kv" in item.attr
             if value == kv_heads and (wants_kv or heads != kv_heads):

@@ -45,7 +45,7 @@ def port_causal_lm(work: Work) -> None:
         edit.blank_before(
             edit.statement(
                 "self.make_empty_intermediate_tensors = (\n"
-                f"    self.{facts.model_attr}.make_empty_intermediate_tensors\n)"
+                f"    self.{facts.model_path}.make_empty_intermediate_tensors\n)"
             )
         )
     )
@@ -79,7 +79,7 @@ def _head(work: Work, node: edit.Statement, call: cst.Call, processor: str) -> e
         edit.call_argument(call, 0, "in_features"),
     )
     bias = f"    bias={head.bias},\n    " if head.bias != "False" else "    "
-    embedding = f"self.{work.facts.model_attr}.{work.facts.embedding.attr}"
+    embedding = f"self.{work.facts.model_path}.{work.facts.embedding.attr}"
     tie = (
         f"""
     if config.tie_word_embeddings:

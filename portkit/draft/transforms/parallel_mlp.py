@@ -8,6 +8,7 @@ from portkit.analysis.facts import MlpFacts
 from portkit.draft import edit
 from portkit.draft.blocker import Blocker
 from portkit.draft.transforms.constructors import add_parameter, linear_statement
+from portkit.draft.transforms.parallel_chain import shard_chains
 from portkit.draft.work import Work, set_method
 
 FUSED = "gate_up_proj"
@@ -27,8 +28,8 @@ def port_mlp(work: Work, facts: MlpFacts) -> None:
             facts.line,
             "Finish or undo that class, then draft again.",
         )
-    if facts.kind == "unknown":
-        _replicate(work, cls, facts)
+    if facts.kind == "unknown" or (facts.kind == "plain" and not _has_name(facts)):
+        _by_chains(work, cls, facts)
         return
     body: list[edit.Statement] = []
     for node in edit.body_of(init):
@@ -119,52 +120,31 @@ def _activation(node: edit.Statement, facts: MlpFacts) -> edit.Statement:
     return made.with_changes(leading_lines=[*node.leading_lines, *made.leading_lines])
 
 
-def _replicate(work: Work, cls: cst.ClassDef, facts: MlpFacts) -> None:
-    """A feed-forward of unknown shape keeps whole linears on every rank: right, not sharded."""
+def _has_name(facts: MlpFacts) -> bool:
+    """Does vLLM have the activation by name?"""
+    return facts.activation.startswith("ACT2FN[") or facts.activation in _MODULES
+
+
+def _by_chains(work: Work, cls: cst.ClassDef, facts: MlpFacts) -> None:
+    """A feed-forward of another shape: split what splits exactly, the rest is whole everywhere."""
     init = edit.method(cls, "__init__")
-    linears = {
-        a
-        for s in edit.body_of(init)
-        if (p := edit.assigned_attribute(s)) and edit.is_call(p[1], "nn.Linear")
-        for a in (p[0],)
-    }
     every = edit.find(init, lambda n: edit.is_call(n, "nn.Linear"))
-    if len(every) != len(linears):
+    assigned = [s for s in edit.find(init, lambda n: isinstance(n, cst.Assign)) if s.value in every]
+    if len(every) != len(assigned):
         raise Blocker(
             f"{facts.cls} makes linears in a way that portkit cannot follow ({facts.why}).",
             facts.line,
         )
-    body = []
-    for node in edit.body_of(init):
-        pair = edit.assigned_attribute(node)
-        if pair and pair[0] in linears:
-            node = linear_statement(node, "ReplicatedLinear")
-            node = edit.comment_before(
-                node, "PORT: whole on every rank; shard it (column, then row) to save memory."
-            )
-        body.append(node)
-    cls = set_method(
-        cls,
-        add_parameter(edit.with_body(init, body), "quant_config: QuantizationConfig | None = None"),
-    )
-    for method in [
-        m
-        for m in edit.members(cls)
-        if isinstance(m, cst.FunctionDef) and m.name.value != "__init__"
-    ]:
-        new = edit.replace(
-            method,
-            lambda n: (
-                cst.Subscript(n, [cst.SubscriptElement(cst.Index(cst.Integer("0")))])
-                if isinstance(n, cst.Call)
-                and edit.code(n.func).removeprefix("self.") in linears
-                and edit.code(n.func).startswith("self.")
-                else None
-            ),
-        )
-        cls = set_method(cls, new)
+    new = add_parameter(init, "quant_config: QuantizationConfig | None = None")
+    cls, whole = shard_chains(work, set_method(cls, new))
     work.put(cls)
-    work.warnings.append(
-        f"{facts.cls} is whole on every rank ({facts.why}). Decide how to shard it."
-    )
-    work.did.append(f"{facts.cls}: linears -> ReplicatedLinear.")
+    if whole:
+        why = f" ({facts.why})" if facts.why else ""
+        work.warnings.append(
+            f"{facts.cls} is whole on every rank{why}. Decide how to shard it."
+            if len(whole) == len(every)
+            else f"{facts.cls}: {', '.join(whole)} whole on every rank{why}."
+        )
+        work.did.append(f"{facts.cls}: {', '.join(whole)} -> ReplicatedLinear.")
+    if len(whole) < len(every):
+        work.did.append(f"{facts.cls}: column- and row-parallel linears; one all-reduce.")

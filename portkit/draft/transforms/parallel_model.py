@@ -9,13 +9,15 @@ from portkit.draft import edit
 from portkit.draft.blocker import Blocker
 from portkit.draft.transforms import recurrent
 from portkit.draft.transforms.constructors import add_parameter, pass_argument
+from portkit.draft.transforms.parallel_chain import shard_chains
 from portkit.draft.work import Work, set_method
 
 _QUANT = "quant_config: QuantizationConfig | None = None"
 
 
 def port_layer(work: Work) -> None:
-    for facts in work.facts.layers:
+    wrapper = work.facts.attention_wrapper
+    for facts in ((wrapper,) if wrapper is not None else ()) + work.facts.layers:
         _port_layer(work, facts)
 
 
@@ -44,8 +46,11 @@ def _port_layer(work: Work, facts: LayerFacts) -> None:
     body = [edit.replace(node, line) for node in edit.body_of(init)]
     new = add_parameter(edit.with_body(init, body), _QUANT)
     if edit.code(new) != edit.code(init):
-        work.put(set_method(cls, new))
+        cls, whole = shard_chains(work, set_method(cls, new))
+        work.put(cls)
         work.did.append(f"{facts.cls}: passes quant_config and prefix on.")
+        if whole:
+            work.warnings.append(f"{facts.cls}: {', '.join(whole)} whole on every rank.")
 
 
 # ---- the model ----------------------------------------------------------------------------------
@@ -98,6 +103,7 @@ self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
         )
     )
     cls = set_method(set_method(cls, edit.with_body(init, body)), new_forward)
+    cls, _ = shard_chains(work, cls)
     if not any(edit.code(d.decorator) == "support_torch_compile" for d in cls.decorators):
         cls = cls.with_changes(
             decorators=[*cls.decorators, cst.Decorator(cst.Name("support_torch_compile"))]

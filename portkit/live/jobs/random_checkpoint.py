@@ -76,6 +76,9 @@ SIZES: dict[str, int] = {
     "moe_intermediate_size": 96,
     "shared_expert_intermediate_size": 96,
     "sliding_window": 24,
+    "window_size": 24,
+    "attention_heads": 4,
+    "dff": 192,
     # State-space layers: heads * head size = expansion * hidden size, more than one group.
     "expand": 2,
     "mamba_expand": 2,
@@ -126,6 +129,8 @@ HARD: dict[str, Any] = {
     "routed_scaling_factor": 1.5,
     "router_scaling_factor": 1.5,
     "route_scale": 1.5,
+    "scale_attn_by_inverse_layer_idx": True,
+    "apply_residual_connection_post_layernorm": True,
 }
 """Values that make mistakes show; dropped one by one if the class refuses them."""
 EPS, HARD_EPS = re.compile(r"(^|_)eps(ilon)?$"), 1e-2
@@ -217,7 +222,7 @@ def _hard_values(default: Any, fields: dict[str, Any], rotated_part: int) -> dic
     """Return the fields' values that make mistakes show: known names first, then kinds of names."""
     hard = _multipliers(fields)
     hard |= {k: v for k, v in HARD.items() if k in fields}
-    hard |= _windows(fields) | _hybrid(default, fields)
+    hard |= _windows(fields) | _hybrid(default, fields) | _older(fields)
     if "kv_lora_rank" in fields:  # latent attention: every head has its key, a part of it rotated
         hard["head_dim"] = rotated_part
         hard.pop("num_key_value_heads", None)
@@ -244,6 +249,18 @@ def _hybrid(default: Any, fields: dict[str, Any]) -> dict[str, Any]:
         return {"attn_layer_indices": [1]}
     mixed = ["linear_attention", "full_attention", "linear_attention"]
     return {name: mixed for name in ("layer_types", "layers_block_type") if name in fields}
+
+
+def _older(fields: dict[str, Any]) -> dict[str, Any]:
+    """Give configs of an older form the same: kinds of attention for three layers, clipping."""
+    found: dict[str, Any] = {}
+    kinds = fields.get("attention_types")
+    if isinstance(kinds, list) and kinds and isinstance(kinds[0], list):
+        found["attention_types"] = [[[*kinds[0][0], *kinds[0][0]][:3], 1]]
+    inner = fields.get("attn_config")
+    if isinstance(inner, dict) and "clip_qkv" in inner:
+        found["attn_config"] = {**inner, "clip_qkv": 1.5}
+    return found
 
 
 def _multipliers(fields: dict[str, Any]) -> dict[str, Any]:

@@ -10,13 +10,18 @@ import libcst as cst
 
 from portkit.analysis.facts import facts_of
 from portkit.draft import source_draft
+from portkit.draft.blocker import Blocker
 from portkit.draft.finish import finish
 from portkit.draft.outcome import DraftOutcome
+from portkit.draft.serving.constructors import drop_unserved_methods
+from portkit.draft.serving.linears import declare_transposed
+from portkit.draft.serving.normal import NormalForm, normal_form
 from portkit.draft.transforms.class_alias import write_out
 from portkit.draft.transforms.forward_attention import port_attention
 from portkit.draft.transforms.forward_layer import port_layer, port_mlp
 from portkit.draft.transforms.forward_model import port_causal_lm, port_model
 from portkit.draft.transforms.forward_moe import port_moe
+from portkit.draft.transforms.forward_wrappers import port_wrappers
 from portkit.draft.transforms.layer_list import unroll
 from portkit.draft.transforms.norms import port_norms
 from portkit.draft.transforms.recurrent import drop_buffers_from_outside, refuse_unknown
@@ -27,11 +32,19 @@ from portkit.port import Port
 
 def draft_source(source: str, architecture: str) -> Work:
     """Draft the forward state of a source in the copy state. Raises Blocker where it cannot."""
-    facts = facts_of(source, architecture)
-    work = Work(cst.parse_module(source), facts)
+    if facts_of(source, architecture).state != "copy":
+        return Work(cst.parse_module(source), facts_of(source, architecture))
+    form = normal_form(cst.parse_module(source), architecture)
+    work = Work(form.module, facts_of(form.module.code, architecture))
+    try:
+        return _drafted(work, form)
+    except Blocker as blocker:
+        raise _in_source(blocker, form.module.code, source) from blocker
+
+
+def _drafted(work: Work, form: NormalForm) -> Work:
+    facts = work.facts
     source_draft.need_roles(work)
-    if facts.state != "copy":
-        return work
     refuse_unknown(work)
     drop_buffers_from_outside(work)
     unroll(work)
@@ -43,11 +56,24 @@ def draft_source(source: str, architecture: str) -> Work:
         port_moe(work, moe)
     port_layer(work)
     port_model(work)
+    port_wrappers(work)
     port_causal_lm(work)
+    served = {(name, "forward") for name in (facts.model, *(f.cls for f in facts.layers))}
+    work.module = drop_unserved_methods(work.module, served)
     declare_state(work)
+    declare_transposed(work, form.transposed)
+    work.warnings += form.notes
     port_norms(work)
     work.module = cst.parse_module(finish(work))
     return work
+
+
+def _in_source(blocker: Blocker, normal: str, source: str) -> Blocker:
+    """The blocker at the line of the reader's file that became this line of the normal form."""
+    lines = normal.splitlines()
+    text = lines[blocker.line - 1].strip() if 0 < blocker.line <= len(lines) else ""
+    numbers = [n for n, line in enumerate(source.splitlines(), 1) if line.strip() == text]
+    return Blocker(blocker.what, numbers[0] if text and numbers else 0, blocker.next)
 
 
 def draft(port: Port) -> DraftOutcome:

@@ -16,6 +16,7 @@ from portkit.draft import edit, source_draft
 from portkit.draft.blocker import Blocker
 from portkit.draft.finish import finish
 from portkit.draft.outcome import DraftOutcome
+from portkit.draft.serving.linears import TRANSPOSED
 from portkit.draft.transforms.weight_names import owners, renames
 from portkit.draft.work import Work, set_members, set_method
 from portkit.port import Port
@@ -24,6 +25,18 @@ _LOAD = """
 def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
     loader = AutoWeightsLoader(self)
     return loader.load_weights(weights{mapper})
+"""
+_LOAD_TRANSPOSED = """
+def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    def transposed() -> Iterable[tuple[str, torch.Tensor]]:
+        for name, weight in weights:
+            *_, layer, kind = ("", *name.split("."))
+            if kind == "weight" and layer in self.transposed_weights:
+                weight = weight.t()
+            yield name, weight
+
+    loader = AutoWeightsLoader(self)
+    return loader.load_weights(transposed(){mapper})
 """
 
 
@@ -56,6 +69,8 @@ def draft_source(source: str, architecture: str) -> Work:
     if stacked or any(_mapper(m) is not None for m in edit.members(cls)):
         mapper = ", mapper=self.hf_to_vllm_mapper"
     cls = set_method(cls, edit.function(_LOAD.format(mapper=mapper)))
+    if f"{TRANSPOSED} =" in edit.code(cls):
+        cls = set_method(cls, edit.function(_LOAD_TRANSPOSED.format(mapper=mapper)))
     work.put(cls)
     work.did.append(
         f"{facts.causal_lm}: load_weights by AutoWeightsLoader"

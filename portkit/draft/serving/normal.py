@@ -1,0 +1,170 @@
+"""The pass before step forward's transforms: the file as a server would run it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import libcst as cst
+
+from portkit.analysis.classes import view_module
+from portkit.analysis.read_blocks import linears_of
+from portkit.draft import edit, prune
+from portkit.draft.imports import VLLM_NAMES
+from portkit.draft.serving import inline
+from portkit.draft.serving.alibi import alibi_functions, with_slopes
+from portkit.draft.serving.attention_core import AttentionCore
+from portkit.draft.serving.causal_buffers import causal_buffers, without
+from portkit.draft.serving.constructors import (
+    drop_unserved_methods,
+    drop_unserved_parts,
+    name_layer_index,
+    read_layer_index,
+    refuse_sliced_weights,
+    rename_shadows,
+    resolve_tables,
+)
+from portkit.draft.serving.linears import plain_linears
+from portkit.draft.serving.parameters import drop_unread_parameters, read_config_instead
+from portkit.draft.serving.residuals import call_autograd_functions, hoist_residuals
+from portkit.draft.serving.same_arguments import merge_same_arguments
+from portkit.draft.serving.specialise import Specialised, specialise
+from portkit.draft.serving.tokens import first_output, flat_tokens, free_the_name
+from portkit.draft.work import set_method
+
+
+@dataclass(frozen=True)
+class NormalForm:
+    """The file as a server runs it, and what was decided on the way."""
+
+    module: cst.Module
+    transposed: tuple[str, ...] = ()
+    """Linears whose weights the checkpoint stores as [in, out]."""
+    notes: tuple[str, ...] = ()
+    """What the reader must know about what was left out."""
+
+
+def normal_form(module: cst.Module, architecture: str) -> NormalForm:
+    """Fold what serving never passes; write attentions made by hand as one attention call."""
+    source = module.code
+    if "_attn_implementation](" in source.replace(" ", ""):
+        module = resolve_tables(module)
+    module = rename_shadows(module, VLLM_NAMES)
+    module = read_layer_index(name_layer_index(module))
+    if "autograd.Function" in source:
+        module = call_autograd_functions(module)
+    if "nn.Sequential(" in source:
+        module = _with_sequences(module)
+    module, transposed = plain_linears(read_config_instead(module))
+    notes: list[str] = []
+    if "F.linear(" in source:
+        module, notes = refuse_sliced_weights(module)
+    alibi = alibi_functions(module) if "pow(" in source else frozenset()
+    served = specialise(module, architecture, alibi)
+    module = drop_unserved_parts(served.module, set(served.passed))
+    if module is not served.module:
+        served = specialise(module, architecture, alibi)
+        module = served.module
+    by_hand = [c for c in _served_classes(module, served) if _attends_by_hand(c)]
+    for cls in _served_classes(module, served):
+        if cls in by_hand:
+            module = _replaced(module, _in_one_piece(module, cls))
+        elif _attends(cls):
+            new = inline.without_aliases(edit.method(cls, "forward"))
+            module = _replaced(module, set_method(cls, new))
+        elif cls.name.value != architecture:
+            module = _replaced(module, _with_flat_tokens(module, cls))
+    module = merge_same_arguments(module, set(served.passed))
+    module = hoist_residuals(module, set(served.passed))
+    module = drop_unread_parameters(module, set(served.passed), architecture)
+    if by_hand:
+        served = specialise(module, architecture, alibi)
+        module = served.module
+    for cls in _served_classes(module, served):
+        if _attends_by_hand(cls):
+            module = _replaced(module, _with_core_called(module, cls, served))
+    if "torch.tril(" in source:
+        for cls in _served_classes(module, served):
+            module = _replaced(module, without(cls, causal_buffers(cls).attrs))
+    module = drop_unserved_methods(module, set(served.passed))
+    if alibi:
+        module, told = with_slopes(module)
+        notes += told
+    return NormalForm(module, transposed, tuple(notes))
+
+
+def _with_sequences(module: cst.Module) -> cst.Module:
+    """self.ffn = make_ffn(a, b) -> self.ffn = nn.Sequential(...), in each __init__."""
+    for cls in [c for c in module.body if isinstance(c, cst.ClassDef)]:
+        init = edit.method(cls, "__init__")
+        if init is not None:
+            new = inline.inline_functions(module, init, inline.makes_sequence)
+            module = _replaced(module, set_method(cls, new))
+    return module
+
+
+def _served_classes(module: cst.Module, served: Specialised) -> list[cst.ClassDef]:
+    return [
+        c
+        for c in module.body
+        if isinstance(c, cst.ClassDef) and (c.name.value, "forward") in served.passed
+    ]
+
+
+def _attends(cls: cst.ClassDef) -> bool:
+    return "attention_interface(" in edit.code(cls)
+
+
+def _with_flat_tokens(module: cst.Module, cls: cst.ClassDef) -> cst.ClassDef:
+    forward = inline.inline_functions(module, edit.method(cls, "forward"), inline.drops_out)
+    forward = free_the_name(forward, "positions", "position_embeds")
+    forward = inline.inference_body(flat_tokens(forward), prune.dropout_attributes(cls))
+    return set_method(cls, first_output(forward))
+
+
+def _replaced(module: cst.Module, cls: cst.ClassDef) -> cst.Module:
+    name = cls.name.value
+    return module.with_changes(
+        body=[
+            cls if isinstance(i, cst.ClassDef) and i.name.value == name else i for i in module.body
+        ]
+    )
+
+
+def _attends_by_hand(cls: cst.ClassDef) -> bool:
+    """Does the class write softmax over a product itself, and have projections of its own?"""
+    forward = edit.method(cls, "forward")
+    if forward is None or "attention_interface(" in edit.code(forward):
+        return False
+    written = edit.code(cls)
+    products = ("matmul(", "bmm(", " @ ", "scaled_dot_product_attention(")
+    weighs = "softmax(" in written or products[-1] in written
+    return weighs and any(p in written for p in products)
+
+
+def _in_one_piece(module: cst.Module, cls: cst.ClassDef) -> cst.ClassDef:
+    """The class with its helpers inlined in forward, and without dropout."""
+    forward = inline.inline_methods(cls, edit.method(cls, "forward"))
+    forward = inline.inline_functions(module, forward, inline.drops_out)
+    forward = inline.inference_body(forward, prune.dropout_attributes(cls))
+    return set_method(cls, inline.without_aliases(first_output(forward)))
+
+
+def _with_core_called(module: cst.Module, cls: cst.ClassDef, served: Specialised) -> cst.ClassDef:
+    passed = served.passed[cls.name.value, "forward"]
+    view = view_module(module.code).classes[cls.name.value]
+    buffers = causal_buffers(cls)
+    forward = edit.method(cls, "forward")
+    core = AttentionCore(
+        cls=cls.name.value,
+        linears=set(linears_of(view)),
+        inputs={edit.parameters(forward)[0]},
+        masks={n for n, k in passed.items() if k.value == "mask" and k.kind != "const"},
+        biases={n for n, k in passed.items() if k.value == "alibi" and k.kind != "const"},
+        buffers=set(buffers.attrs),
+        window=buffers.window,
+        source=module.code,
+        first_line=view.forward.lineno if view.forward else 0,
+    )
+    new = core.run(forward)
+    cls = set_method(cls, edit.with_body(new, prune.live_body(edit.body_of(new))))
+    return core.name_head_dim(without(cls, buffers.attrs))

@@ -1,0 +1,48 @@
+"""Drafts of older decoders: learned positions, ALiBi, attention by hand, Conv1D, nested models."""
+
+import pytest
+from test_drafts import STEPS, copied, drafted, states
+
+from portkit.lint.engine import lint_source
+from portkit.lint.registry import rules_of
+
+MODELS = ("opt", "mpt", "gpt2")
+WRITTEN = [
+    ("opt", "forward", "super().forward(positions + self.offset)"),
+    ("opt", "forward", "self.model.decoder.embed_tokens.weight"),
+    ("opt", "weights", "hidden_states, _ = self.fc1(hidden_states)"),
+    ("opt", "weights", "self.fc2 = RowParallelLinear("),
+    ("opt", "weights", "self.project_in = ReplicatedLinear("),
+    ("mpt", "forward", "context_states = self.attn(query_states, key_states, value_states)"),
+    ("mpt", "forward", ".clamp(min=-self.clip_qkv, max=self.clip_qkv)"),
+    ("mpt", "forward", "alibi_slopes = get_alibi_slopes("),
+    ("mpt", "weights", "alibi_slopes[first_head : first_head + self.num_heads]"),
+    ("gpt2", "forward", "nn.Linear(self.embed_dim, 3 * self.embed_dim)"),
+    ("gpt2", "weights", 'transposed_weights = ("c_attn", "c_proj", "c_fc")'),
+    ("gpt2", "weights", "self.c_attn = QKVParallelLinear("),
+    ("gpt2", "weights", "self.scaling /= float(layer_idx + 1)"),
+]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_drafts_satisfy_the_rules_and_are_done(model: str) -> None:
+    architecture, _ = copied(model)
+    for step in STEPS:
+        rules = [rule for rule in rules_of(step) if rule.target == "modeling"]
+        left = lint_source(states(model)[step], "modeling.py", rules)
+        assert [(f.rule, f.line, f.message) for f in left] == []
+        assert drafted(states(model)[step], architecture, step).status == "skipped"
+
+
+@pytest.mark.parametrize(("model", "step", "text"), WRITTEN)
+def test_what_older_files_compute_is_kept(model: str, step: str, text: str) -> None:
+    assert text in states(model)[step]
+
+
+def test_scores_that_are_changed_in_an_unknown_way_are_not_dropped() -> None:
+    """A term that is neither mask nor ALiBi must stop the draft, not vanish with the core."""
+    architecture, source = copied("mpt")
+    line = "attention_scores = attention_scores + position_bias\n"
+    assert line in source
+    source = source.replace(line, line + "            attention_scores = attention_scores.exp()\n")
+    assert drafted(source, architecture, "forward").status == "failed"

@@ -166,6 +166,7 @@ def show(
 
 app.command()(cli_diagnose.adopt)
 app.command()(cli_diagnose.diagnose)
+app.command()(cli_diagnose.rehearse)
 
 
 # ---- working ------------------------------------------------------------------------------------

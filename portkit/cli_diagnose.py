@@ -1,4 +1,4 @@
-"""The verbs `adopt` and `diagnose` of the command line."""
+"""The verbs `adopt`, `diagnose` and `rehearse` of the command line."""
 
 from __future__ import annotations
 
@@ -92,3 +92,24 @@ def diagnose(
     else:
         show(page)
     raise typer.Exit(0 if found.ok else FAILED)
+
+
+def rehearse(
+    ranks: Annotated[int, typer.Argument(help="Tensor-parallel ranks: 1, 2, 4, 8, ...")] = 2,
+    stages: Annotated[int, typer.Option(help="Pipeline stages, each with so many ranks.")] = 1,
+    port: Annotated[str | None, typer.Option("--port", "-p", metavar="NAME|DIR")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the port on several ranks on this machine, and show what each holds and says."""
+    from portkit.ports import find_port
+    from portkit.report.live import Ongoing, show
+    from portkit.steps.parallel.rehearse import rehearse as rehearse_port
+
+    opened = find_port(port)
+    with Ongoing(f"rehearsing {opened.name}", quiet=as_json) as ongoing:
+        page = rehearse_port(opened, ranks, stages, progress=ongoing.say)
+    if as_json:
+        typer.echo(json.dumps({"ok": page.ok, "found": page.values}, indent=2, default=str))
+    else:
+        show(page)
+    raise typer.Exit(0 if page.ok else FAILED)

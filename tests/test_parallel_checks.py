@@ -13,6 +13,7 @@ from seeds import Bench, Edit, edit, words
 from portkit.create import new_port
 from portkit.live.client import live_for
 from portkit.live.rank_counts import possible, refusal
+from portkit.steps.parallel.rehearse import rehearse
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -258,3 +259,21 @@ def test_rank_counts_that_cannot_work(changes: dict[str, int], ranks: int, why: 
 
 def test_rank_counts_that_can() -> None:
     assert possible(HELIUM) == (1, 2, 4, 8)
+
+
+@pytest.mark.vllm
+def test_any_number_of_ranks_and_stages_is_rehearsed_and_told(bench):
+    """Two stages of one rank each: what each holds, and that together they equal Transformers."""
+    bench.write()
+    page = rehearse(bench.port, ranks=1, stages=2)
+    assert page.ok, str(page)
+    (found,) = page.values
+    stages = {row["stage"]: row for row in found["sizes"]}
+    assert set(stages) == {0, 1}
+    assert sum(row["attentions"] for row in stages.values()) == 3
+    assert "rows of the vocabulary" in str(page)
+
+
+def test_ranks_that_cannot_be_are_refused_in_words(bench):
+    refused = rehearse(bench.port, ranks=3)
+    assert not refused.ok and "cannot run on 3 ranks" in str(refused)

@@ -1,7 +1,7 @@
 """Job: run the port on N tensor-parallel ranks and compare with Transformers.
 
 args: "ranks"; "stages", of a pipeline (default 1); "loader", "portkit" (default) or "port".
-value: how, ranks, tolerance, cases (parity.Comparison), collectives (per
+value: how, ranks, stages, tolerance, cases (parity.Comparison), sizes (per rank), collectives (per
 rank: module -> call -> count, of one forward of one prompt), load (the portkit loader's report, one
 rank only), divergence (one rank only, if something differs).
 """
@@ -16,6 +16,7 @@ from portkit.live.engine import Engine
 from portkit.live.job import JobRequest
 from portkit.live.parity import Comparison, compare, compare_decode
 from portkit.live.prompts import prompts_for
+from portkit.live.rank_sizes import sizes
 from portkit.live.rank_view import start_counting, stop_counting
 from portkit.live.reference import Reference
 from portkit.live.rehearsal import how, rehearse
@@ -38,9 +39,11 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
         value: dict[str, Any] = {
             "how": place,
             "ranks": ranks,
+            "stages": stages,
             "tolerance": [engine.profile.logprobs.value, engine.profile.logprobs.reason],
             "cases": [case.to_dict() for case in cases],
         }
+        value["sizes"] = engine.on_model(sizes)
         if stages > 1:
             return value
         engine.on_model(start_counting)

@@ -71,7 +71,7 @@ class _Rehearsal(Check):
         talks = []
         if layout.ok and self.ranks > 1:
             talks = layers.talks(layout.value, found["collectives"][0])
-            tables += [_talk_table(talks), _share_table(layout.value, self.ranks)]
+            tables += [talk_table(talks), rank_table(found), _share_table(layout.value, self.ranks)]
         bad = [case for case in found["cases"] if not case["ok"]]
         if bad:
             return self._differs(context, job, bad, talks, tables)
@@ -243,7 +243,39 @@ def cases_table(found: dict[str, Any]) -> Table:
     )
 
 
-def _talk_table(talks: list[layers.Talk]) -> Table:
+def rank_table(found: dict[str, Any]) -> Table:
+    """Return what each rank holds: bytes, heads, copies of KV heads, rows of the vocabulary."""
+    rows = tuple(
+        (
+            f"{s['rank']}" + (f" of stage {s['stage']}" if found.get("stages", 1) > 1 else ""),
+            f"{s['bytes'] / (1 << 20):.2f}",
+            s["attentions"],
+            s["heads"],
+            f"{s['kv_heads']}" + (f" (a copy on {s['kv_copies']})" if s["kv_copies"] > 1 else ""),
+            s["vocab_rows"],
+            s["summed_biases"],
+        )
+        for s in found["sizes"]
+    )
+    padding = max(s["vocab_padding"] for s in found["sizes"])
+    return Table(
+        "What each rank holds",
+        (
+            "rank",
+            "weights, MiB",
+            "attentions",
+            "heads",
+            "KV heads",
+            "rows of the vocabulary",
+            "biases after a sum",
+        ),
+        rows,
+        f"The vocabulary is padded by {padding} rows, which LogitsProcessor cuts off. A bias after "
+        "a sum over ranks is added by the first rank alone.",
+    )
+
+
+def talk_table(talks: list[layers.Talk]) -> Table:
     return Table(
         "Collectives in one forward",
         ("module", "modules", "each calls", "each needs"),

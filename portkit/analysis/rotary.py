@@ -211,6 +211,10 @@ class _Indices(Interpreter):
         return tuple(Vector(vector.terms[i * size : (i + 1) * size]) for i in range(count))
 
 
+_SCALE = ("name", "a scale")
+"""A factor on all cosines and sines that a condition chooses; see rotary_class.py, `note`."""
+
+
 class _Frequencies(_Indices):
     """Runs the rotary class's forward: `freqs` is what comes of inv_freq times positions."""
 
@@ -218,7 +222,24 @@ class _Frequencies(_Indices):
         super().__init__(module, view)
         self.frequencies = named("f", rotary_dim // 2)
 
+    def _block(self, body: list[ast.stmt], values: dict[str, Any]) -> tuple[Any] | None:
+        plain: list[ast.stmt] = []
+        for node in body:
+            targets = [t for n in ast.walk(node) if isinstance(n, ast.Assign) for t in n.targets]
+            if isinstance(node, ast.If) and all(isinstance(t, ast.Name) for t in targets):
+                plain += [ast.Assign([t], ast.Name("a_scale"), lineno=t.lineno) for t in targets]
+            else:
+                plain.append(node)
+        return super()._block(plain, {**values, "a_scale": _SCALE})
+
+    def binary(self, node: ast.BinOp, left: Any, right: Any) -> Any:
+        if isinstance(node.op, ast.Mult) and _SCALE in (left, right):
+            return left if right == _SCALE else right
+        return super().binary(node, left, right)
+
     def value(self, node: ast.expr, values: dict[str, Any]) -> Any:
+        if isinstance(node, ast.IfExp):
+            return _SCALE
         # Whatever multiplies inv_freq by positions gives one value per frequency, in order.
         if isinstance(node, ast.BinOp | ast.Call) and "inv_freq" in text(node):
             mentions_positions = any(

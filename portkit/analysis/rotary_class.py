@@ -32,7 +32,7 @@ class RotaryClass:
     strange: str
     """Why get_rope cannot be told the same; "" if it can."""
     note: str
-    """What differs only for some configs or lengths; "" if nothing does."""
+    """What may differ for some configs or lengths; "" if nothing does."""
 
 
 def read_rotary_class(view: ClassView) -> RotaryClass:
@@ -57,10 +57,11 @@ def read_rotary_class(view: ClassView) -> RotaryClass:
     names = [a.arg for a in forward.args.args] if forward is not None else []
     by_type = any("layer_type" in name for name in names)
     note = ""
-    if forward is not None and "mscale" in text(forward):
+    choices = [n for n in ast.walk(forward or view.node) if isinstance(n, ast.If | ast.IfExp)]
+    if forward is not None and any("device" not in text(n) for n in choices):
         note = (
-            f"{view.name} chooses its scale by the longest position of a batch; get_rope chooses "
-            "once, by max_model_len"
+            f"{view.name}.forward chooses by config or length what get_rope decides once, by "
+            "rope_parameters and max_model_len"
         )
     return RotaryClass(by_type, _default_factor(view), why, note)
 

@@ -17,9 +17,14 @@ SLIDING = "create_sliding_window_causal_mask"
 def window_of_masks(work: Work) -> str:
     """The window of layer `layer_idx`, as the model's masks have it; "" if none is found.
 
-    Understood: a dictionary of masks by kind of layer, `masks[self.config.layer_types[i]]`.
+    Understood: a dictionary of masks by kind of layer, `masks[self.config.layer_types[i]]`, and
+    one kind for all layers, `create_causal_mask if self.config.sliding_window is None else ...`.
     """
     forward = edit.method(work.cls(work.facts.model), "forward")
+    for choice in edit.find(forward, lambda n: isinstance(n, cst.IfExp)):
+        test = edit.flat(choice.test)
+        if test == "self.config.sliding_window is None" and edit.code(choice.orelse) == SLIDING:
+            return "config.sliding_window"
     kinds = _kinds(forward)
     for loop in edit.find(forward, lambda n: isinstance(n, cst.For)):
         if not isinstance(loop.target, cst.Tuple):

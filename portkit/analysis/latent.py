@@ -80,7 +80,7 @@ class _Sources:
     def of(self, node: ast.expr, env: dict[str, frozenset[str]]) -> frozenset[str]:
         if isinstance(node, ast.Name):
             return env.get(node.id, frozenset())
-        if isinstance(node, ast.Attribute) and node.attr == "shape":
+        if isinstance(node, ast.Attribute) and node.attr in ("shape", "device", "dtype"):
             return frozenset()
         if isinstance(node, ast.Call):
             attr = call_name(node).removeprefix("self.")

@@ -264,6 +264,8 @@ def _keep(captures: Captures, key: Key, output: Any, *, batched: bool) -> None:
 def _rows(tensor: torch.Tensor, *, batched: bool) -> torch.Tensor:
     """Return a clone as float32 [tokens, width] on the CPU."""
     tensor = tensor.detach()[0] if batched else tensor.detach()
+    if batched and tensor.dim() == 3 and tensor.shape[0] == 1 < tensor.shape[1]:
+        tensor = tensor[0]  # a latent, viewed as one head in front of the sequence
     return tensor.reshape(tensor.shape[0], -1).to("cpu", torch.float32, copy=True)
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import libcst as cst
 
 from portkit.analysis.classes import view_module
-from portkit.analysis.facts import AttentionFacts, RotaryFacts
 from portkit.analysis.read_blocks import linears_of
+from portkit.analysis.rotary_class import read_rotary_class
 from portkit.draft import edit, prune
 from portkit.draft.blocker import Blocker
 from portkit.draft.transforms.forward_attention import (
@@ -64,7 +64,7 @@ def port_latent_attention(work: Work) -> None:
         cls = set_members(cls, kept)
     made = [edit.blank_before(_attention(work, view, flow.keywords, "attn"))]
     if flow.rotations:
-        made.insert(0, edit.blank_before(_rope(facts, rotary, flow.rotations)))
+        made.insert(0, edit.blank_before(_rope(work, flow.rotations)))
     made[-1] = edit.comment_before(made[-1], *_CACHE_NOTE)
     init_body = [*modules_in_branches(_inference_init(edit.body_of(init))), *made]
     cls = rewrite_init(cls, attention_signature(init), init_body, _layer_index(init, init_body))
@@ -96,20 +96,28 @@ def _refuse_sparse(work: Work, cls: cst.ClassDef) -> None:
         )
 
 
-def _rope(
-    facts: AttentionFacts, rotary: RotaryFacts | None, rotations: list[Rotation]
-) -> edit.Statement:
+def _rope(work: Work, rotations: list[Rotation]) -> edit.Statement:
     """get_rope(...) for the part of the head that is rotated."""
-    layouts = dict(rotary.layouts) if rotary is not None else {}
-    unknown = [r.function for r in rotations if layouts.get(r.function, "unknown") == "unknown"]
-    if unknown:
+    facts, rotary = work.facts.attention, work.facts.rotary
+    reads = read_rotary_class(view_module(work.module.code).classes[rotary.cls])
+    layouts = dict(rotary.layouts)
+    why = f"{rotary.cls} {reads.strange}" if reads.strange else ""
+    if reads.by_layer_type:
+        why = f"{rotary.cls} has other parameters for each layer type"
+    for rotation in rotations:
+        if layouts.get(rotation.function, "unknown") == "unknown":
+            why = f"{rotation.function} pairs dimensions in neither of vLLM's two ways"
+    if why:
         raise Blocker(
-            f"cannot tell how positions rotate queries and keys: {unknown[0]} pairs dimensions in "
-            "neither of vLLM's two ways.",
-            rotary.line if rotary else 0,
+            f"cannot tell how positions rotate queries and keys: {why}.",
+            rotary.line,
+            "Compare with vLLM's DeepseekV2Attention.",
         )
     size = rotations[0].size or facts.latent.shared_dim
     style, comment = _style(rotations, layouts)
+    if reads.note:
+        comment = (*comment, f"PORT: {reads.note}.")
+        work.warnings.append(f"{reads.note}.")
     made = edit.statement(f"""
 self.rotary_emb = get_rope(
     {size},

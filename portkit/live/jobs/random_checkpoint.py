@@ -137,6 +137,14 @@ EPS, HARD_EPS = re.compile(r"(^|_)eps(ilon)?$"), 1e-2
 """An eps that can be told from the default, under any name."""
 SCALE, HARD_SCALE = re.compile(r"_multiplier$|scal(e|ing)(_factor)?$"), 0.75
 """A factor that is 1 by default hides that nobody applies it."""
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "mscale": 0.8,
+    "mscale_all_dim": 0.6,
+}
+"""Rotary scaling of latent attention, whose softmax scale depends on it."""
 OPTIONAL = (
     *("head_dim", "num_key_value_heads", "num_experts_per_tok"),
     *("clip_qkv", "sliding_window", "layer_rope_theta"),
@@ -232,7 +240,9 @@ def _hard_values(default: Any, fields: dict[str, Any], rotated_part: int) -> dic
     rope = fields.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
         part = {"partial_rotary_factor": 0.5} if rope.get("partial_rotary_factor") == 1.0 else {}
-        hard["rope_parameters"] = {**rope, **part, "rope_theta": 20000.0, **_near(rope)}
+        if "kv_lora_rank" in fields:  # what rotates is a part already, and scaled as DeepSeek does
+            part = YARN
+        hard["rope_parameters"] = {**rope, "rope_theta": 20000.0, **_near(rope), **part}
     elif "rope_theta" in fields:
         hard["rope_theta"] = 20000.0
     return hard

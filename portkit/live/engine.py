@@ -241,6 +241,9 @@ def start(
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     # The runner that takes inputs_embeds from any prompt; the newer one does not yet.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    if "VLLM_MLA_DISABLE" in port.source:
+        # The file says so where it expands latents to plain Attention.
+        os.environ["VLLM_MLA_DISABLE"] = "1"
     if profile.device == "cpu" and sum(tensor.bytes for tensor in opened.tensors) < SMALL:
         # Two threads wait longer for each other than a small product takes, above all on a busy
         # machine; vLLM fixes the number when its worker starts.

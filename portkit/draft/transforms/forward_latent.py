@@ -29,7 +29,8 @@ from portkit.draft.work import Work, plain_module, rewrite_init, set_members, se
 _CACHE_NOTE = (
     "PORT: the cache holds keys and values of every head. vLLM can keep the latent alone,",
     "far less, where the platform has MLA kernels: MultiHeadLatentAttentionWrapper in",
-    "vllm/model_executor/layers/mla.py.",
+    "vllm/model_executor/layers/mla.py. Until then serve with VLLM_MLA_DISABLE=1: from some model",
+    "types vLLM takes it that the cache is of latents, and sizes its blocks for that.",
 )
 
 
@@ -75,7 +76,8 @@ def port_latent_attention(work: Work) -> None:
     )
     work.warnings.append(
         f"{facts.cls} caches keys and values of every head: right everywhere, but larger than the "
-        "latent. Decide whether to use MultiHeadLatentAttentionWrapper where MLA kernels are."
+        "latent, and served with VLLM_MLA_DISABLE=1. Decide whether to use "
+        "MultiHeadLatentAttentionWrapper where MLA kernels are."
     )
 
 

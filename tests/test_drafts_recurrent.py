@@ -108,6 +108,7 @@ def test_renamed_parameters_and_fused_ones_share_a_mapper() -> None:
     assert '".A_log": ".A",' in text
     assert '".q_proj": (".qkv_proj", "q"),' in text
     assert text.count("WeightsMapper(") == 1
+    assert "nn.Linear" not in text
 
 
 def test_an_activation_called_as_a_function_is_fused_with_gate_and_up() -> None:

@@ -68,7 +68,8 @@ def _called(module: ModuleView, scope: ast.AST, function: ast.expr) -> list[str]
             for node in ast.walk(scope)
             if isinstance(node, ast.Assign)
             and any(isinstance(t, ast.Name) and t.id == function.id for t in node.targets)
-            and not isinstance(node.value, ast.Name | ast.Call)
+            and not isinstance(node.value, ast.Call)
+            and (not isinstance(node.value, ast.Name) or node.value.id in module.classes)
             for name in _called(module, scope, node.value)
         ]
     return [text(function)]

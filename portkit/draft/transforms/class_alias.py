@@ -21,24 +21,28 @@ def write_out(work: Work) -> None:
         body = edit.body_of(init) if init else []
         pairs = [p for n in body if (p := edit.assigned(n)) and isinstance(p[0], cst.Name)]
         local = {p[0].value: p[1] for p in pairs}
-        chosen = {n: v for n, v in local.items() if isinstance(v, cst.IfExp) and _classes(work, v)}
+        chosen = {n: v for n, v in local.items() if _classes(work, v)}
         if chosen:
             new = edit.replace(init, lambda n, c=chosen, v=local: _call(n, c, v))
             work.put(set_method(cls, new))
 
 
-def _classes(work: Work, value: cst.IfExp) -> bool:
+def _classes(work: Work, value: cst.BaseExpression) -> bool:
     defined = {i.name.value for i in work.module.body if isinstance(i, cst.ClassDef)}
+    if not isinstance(value, cst.IfExp):
+        return edit.code(value) in defined
     names = {edit.code(value.body), edit.code(value.orelse)}
     return bool(names & defined) and names <= defined | {"None"}
 
 
 def _call(
-    node: cst.CSTNode, chosen: dict[str, cst.IfExp], local: dict[str, cst.BaseExpression]
+    node: cst.CSTNode, chosen: dict[str, cst.BaseExpression], local: dict[str, cst.BaseExpression]
 ) -> cst.CSTNode | None:
     if not isinstance(node, cst.Call) or edit.code(node.func) not in chosen:
         return None
     value = chosen[edit.code(node.func)]
+    if not isinstance(value, cst.IfExp):
+        return node.with_changes(func=value)
     test = value.test
     for name in edit.names_read(test):
         if name in local and isinstance(local[name], cst.Integer | cst.SimpleString):

@@ -24,6 +24,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from portkit.errors import PortkitError
 from portkit.live.checkpoint import Checkpoint, open_checkpoint
+from portkit.live.expert_names import ExpertNames, Place
 from portkit.live.fused import fused_parts
 
 LOAD_FORMAT = "portkit"
@@ -119,16 +120,24 @@ def load(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
     written: dict[str, str] = {}
     left_over: dict[str, tuple[int, ...]] = {}
     twice: list[str] = []
+    experts = ExpertNames(model)
     for name, tensor in read_tensors(checkpoint):
-        target = find_target(model, parameters, name) or _renamed(model, parameters, name)
-        if target is None:
+        own = experts.renamed(name)
+        target = (
+            find_target(model, parameters, name)
+            or find_target(model, parameters, own)
+            or _renamed(model, parameters, name)
+        )
+        place = None if target else _placed(experts, parameters, own, tensor, name)
+        if target is None and place is None:
             if not name.endswith(DERIVED) and not _is_aliased_head(model, parameters, name):
                 left_over[name] = tuple(tensor.shape)
             continue
+        target = target or Target(place.parameter, place.shard, place.shards)
         parameter = parameters[target.parameter]
-        if _is_transposed(model, name):
-            tensor = tensor.t()
-        _write(parameter, tensor, name, target)
+        if place is None:
+            stored = tensor.t() if _is_transposed(model, name) else tensor
+            _write(parameter, stored, name, target)
         done = filled.setdefault(id(parameter), [])
         if target.shard in done:
             twice.append(target.parameter)
@@ -153,6 +162,25 @@ def _is_transposed(model: nn.Module, name: str) -> bool:
     """Does the class say that the checkpoint stores this linear's weight as [in, out]?"""
     *_, layer, kind = ("", *name.split("."))
     return kind == "weight" and layer in (getattr(model, "transposed_weights", None) or ())
+
+
+def _placed(
+    experts: ExpertNames,
+    parameters: dict[str, torch.Tensor],
+    own: str,
+    tensor: torch.Tensor,
+    name: str,
+) -> Place | None:
+    """Write an expert's tensor; PortkitError if it does not fit."""
+    try:
+        return experts.write(parameters, own, tensor)
+    except (AssertionError, AttributeError, RuntimeError, IndexError) as error:
+        raise PortkitError(
+            f"The tensor {name} of shape {list(tensor.shape)} does not fit the port's experts: "
+            f"{error}",
+            own,
+            "Compare the sizes given where the experts are constructed with the config's.",
+        ) from error
 
 
 def loadable(model: nn.Module) -> dict[str, torch.Tensor]:

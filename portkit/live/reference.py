@@ -149,6 +149,7 @@ def original_class(port: Port) -> type:
 
 def load_model(cls: type, checkpoint: Checkpoint, device: str = "cpu") -> nn.Module:
     """Load a Transformers class on a checkpoint: float32, eager attention, eval mode."""
+    _same_names(checkpoint)
     model, info = cls.from_pretrained(
         str(checkpoint.root),
         dtype=torch.float32,
@@ -175,6 +176,22 @@ def load_model(cls: type, checkpoint: Checkpoint, device: str = "cpu") -> nn.Mod
             "Use a whole checkpoint: the reference would be random there.",
         )
     return model.to(device).eval()
+
+
+def _same_names(checkpoint: Checkpoint) -> None:
+    """Let a copied class be loaded by the conversions (stacked experts) of the original.
+
+    Transformers applies its table of checkpoint names to classes of its own only, unless they are
+    registered.
+    """
+    kind = str(checkpoint.config.get("model_type", ""))
+    try:
+        from transformers import conversion_mapping as table
+    except ImportError:  # an older Transformers has no such table, and needs none
+        return
+    found = table.get_checkpoint_conversion_mapping(kind)
+    if found:
+        table.register_checkpoint_conversion_mapping(kind, found, overwrite=True)
 
 
 def _class_in_file(port: Port, path: Path) -> type:

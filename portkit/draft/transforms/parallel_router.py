@@ -51,7 +51,7 @@ def port_router(work: Work, facts: MoeFacts, call: Call) -> Ported:
     arguments = _known(work, facts, call)
     custom = arguments is None
     if arguments is None:
-        arguments = _custom(facts, call)
+        arguments = _custom(work, facts, call)
     own_class = custom or router.linear not in ("", "super")
     if own_class:
         _own_class(work, facts, call, custom)
@@ -97,10 +97,12 @@ def _given(work: Work, facts: MoeFacts, call: Call, name: str) -> str:
     return call.extra.get(name) or call.extra[parameters.index(name)]
 
 
-def _custom(facts: MoeFacts, call: Call) -> list[str]:
+def _custom(work: Work, facts: MoeFacts, call: Call) -> list[str]:
     route = f"self.{facts.router_attr}.route"
     if call.extra:
-        bound = ", ".join(f"{name}={value}" for name, value in call.extra.items())
+        names = edit.parameters(edit.method(work.cls(facts.router.cls), "forward"))
+        named = {names[n] if isinstance(n, int) else n: value for n, value in call.extra.items()}
+        bound = ", ".join(f"{name}={value}" for name, value in named.items())
         route = f"partial({route}, {bound})"
     return ["renormalize=False", f"custom_routing_function={route}"]
 

@@ -199,7 +199,7 @@ def prefix_problems(layout: dict[str, Any], tensors: Collection[str]) -> list[Pr
             )
         if (
             row["quant"] is None
-            and row["kind"] not in ("attention", "embedding")
+            and row["kind"] not in ("attention", "embedding", "gate")
             and not _is_tied(path, layout)
         ):
             problems.setdefault(

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe import GateLinear
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -57,6 +58,8 @@ def _row(path: str, module: nn.Module, blueprint: Blueprint) -> dict[str, Any]:
             for base, word in (
                 (ParallelLMHead, "head"),
                 (VocabParallelEmbedding, "embedding"),
+                # A router's gate is never quantised: vLLM's own models give it no quant_config.
+                (GateLinear, "gate"),
                 (LinearBase, "linear"),
                 (Attention, "attention"),
                 (nn.Linear, "nn.Linear"),

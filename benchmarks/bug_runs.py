@@ -34,6 +34,10 @@ class BadPort(Exception):
     """A port that should be correct could not be made."""
 
 
+class NotJudged(Exception):
+    """A check failed before the port's code ran: no word about the bug, run it again."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What portkit said about one bug, or about a port that has none."""
@@ -123,8 +127,11 @@ class Bench:
     def path(self, bug: Bug) -> Path:
         return self.port.modeling if bug.file == MODELING else self.port.root / bug.file
 
-    def run(self, bug: Bug, *, every: bool = False) -> Outcome:
-        """Break the port, run the checks until one fails (or `every` one), and mend it again."""
+    def run(self, bug: Bug, *, every: bool = False, begin: str = "") -> Outcome:
+        """Break the port, run the checks until one fails (or `every` one), and mend it again.
+
+        `begin`: the first step to run, instead of the first that could see the edit.
+        """
         started = time.monotonic()
         if ORDER.index(bug.step) > ORDER.index("weights"):
             self.plugin()
@@ -137,7 +144,7 @@ class Bench:
             last = (
                 bug.state if bug.state != "weights" else max(bug.step, "weights", key=ORDER.index)
             )
-            wanted = ORDER[ORDER.index(bug.first_step) : ORDER.index(last) + 1]
+            wanted = ORDER[ORDER.index(begin or bug.first_step) : ORDER.index(last) + 1]
             failed = self._failures(wanted, every)
         finally:
             path.write_text(before)
@@ -185,6 +192,8 @@ class Bench:
         failed: list[Verdict] = []
         for step in wanted:
             for verdict in self._verdicts(step):
+                if verdict.status == "failed" and not verdict.judged:
+                    raise NotJudged(f"{verdict.check}: {verdict.what}")
                 if verdict.status == "failed":
                     failed.append(verdict)
                     if not every:
@@ -224,10 +233,12 @@ def located(bug: Bug, verdict: Verdict, before: str, after: str) -> str:
 
 
 def _statement(source: str, line: int) -> set[int]:
-    """Return the lines of the innermost statement that holds a line."""
+    """Return the lines of the innermost statement that holds a line; of a block, that line."""
     holding = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.stmt) and _has(n, line)]
     inner = min(holding, key=lambda n: n.end_lineno - n.lineno, default=None)
-    return set() if inner is None else set(range(inner.lineno, inner.end_lineno + 1))
+    if inner is None or hasattr(inner, "body"):
+        return {line}
+    return set(range(inner.lineno, inner.end_lineno + 1))
 
 
 def _scope(source: str, line: int) -> set[int]:

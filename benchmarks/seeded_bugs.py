@@ -1,7 +1,7 @@
 """Seed bugs into correct ports and see which checks find them, where, and with what explanation.
 
-    python benchmarks/seeded_bugs.py [--only REGEX] [--ports NAME,NAME] [--every] [--no-today]
-                                     [--again] [--results FILE] [--write docs/seeded-bugs.md]
+    python benchmarks/seeded_bugs.py [--only REGEX] [--ports NAME,NAME] [--steps ID,ID]
+        [--every] [--no-today] [--again] [--results FILE] [--write docs/seeded-bugs.md]
 
 Correct ports are portkit's drafts on small checkpoints; the bugs are in `benchmarks/bugs/`. Results
 are added to a JSON-lines file, one line per bug, and what stands there is not run again (`--again`
@@ -16,11 +16,16 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from bug_report import bar, page
-from bug_runs import BadPort, Bench, Outcome
+from bug_runs import BadPort, Bench, NotJudged, Outcome
 from bug_table import MODELING, Bug, DoesNotApply, Ported, table
+
+from portkit.live.client import live_for
 
 HERE = Path(__file__).parent
 
@@ -30,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", metavar="REGEX", help="ids, e.g. gemma2/B09")
     parser.add_argument("--ports", default="", metavar="NAMES", help="with commas between")
+    parser.add_argument("--steps", default="", metavar="IDS", help="bugs of these steps only")
     parser.add_argument("--every", action="store_true", help="run all checks, not to the first red")
     parser.add_argument("--no-today", action="store_true", help="leave out what people do today")
     parser.add_argument("--again", action="store_true", help="run again what is known")
@@ -41,10 +47,12 @@ def main(argv: list[str] | None = None) -> int:
 
     chosen = [p for p in table() if not args.ports or p.name in args.ports.split(",")]
     known = {} if args.again else read(args.results)
+    steps = args.steps.split(",") if args.steps else []
     for ported in [] if args.report else chosen:
         wanted = [b for b in ported.bugs if re.search(args.only, b.id) and b.id not in known]
+        wanted = [b for b in wanted if not steps or b.step in steps]
         correct = f"{ported.name}/correct"
-        check_it = re.search(args.only, correct) and correct not in known
+        check_it = not steps and re.search(args.only, correct) and correct not in known
         if wanted or check_it:
             run(ported, wanted, bool(check_it), args)
     found = read(args.results)
@@ -76,26 +84,29 @@ def run(ported: Ported, bugs: list[Bug], check_it: bool, args: argparse.Namespac
         return
     try:
         if check_it:
-            save(args.results, bench.correct())
+            with reported(f"{ported.name}/correct"):
+                save(args.results, bench.correct())
         for bug in bugs:
-            try:
+            with reported(bug.id):
                 outcome = bench.run(bug, every=args.every)
-            except DoesNotApply as error:
-                say(f"ERROR: {error}")
-                continue
-            if not args.no_today:
-                outcome = with_today(bench, bug, outcome, args.root)
-            save(args.results, outcome)
+                if not args.no_today:
+                    outcome = with_today(bench, bug, outcome, args.root)
+                save(args.results, outcome)
     finally:
         bench.close()
 
 
+@contextmanager
+def reported(id: str) -> Iterator[None]:
+    """Say what kept a bug from being judged; it stays unknown, for the next run."""
+    try:
+        yield
+    except (DoesNotApply, BadPort, NotJudged) as error:
+        say(f"{id}: NOT RUN: {error}")
+
+
 def with_today(bench: Bench, bug: Bug, outcome: Outcome, root: Path) -> Outcome:
     """Return the outcome with what starting vLLM and 16 greedy tokens would have shown."""
-    from dataclasses import replace
-
-    from portkit.live.client import live_for
-
     if bug.file != MODELING or bug.state != "weights":
         return replace(outcome, today="-")
     checkpoint = bench.checkpoint(root, hard=False)

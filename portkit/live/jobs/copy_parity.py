@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import conversion_mapping
 
 from portkit.live.checkpoint import open_checkpoint
 from portkit.live.job import JobRequest
@@ -35,7 +34,6 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     if copied_class.__module__ == original.__module__:
         raise AssertionError("the port's class is the original itself")
     say("loading the checkpoint into both classes")
-    _read_names_as(original)
     models = [load_model(cls, checkpoint) for cls in (copied_class, original)]
     parameters = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in models]
     prompts = prompts_for(port, checkpoint, longest=LONGEST)
@@ -102,20 +100,6 @@ def _padded(model: Any, prompts: tuple[tuple[int, ...], ...]) -> torch.Tensor:
     tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     return model(tokens, attention_mask=mask, use_cache=False).logits * mask[..., None]
-
-
-def _read_names_as(original: type) -> None:
-    """Let the copy load the tensor names that its original loads.
-
-    Transformers renames and stacks the tensors of many checkpoints (experts above all), by model
-    type, but for classes outside of it only what was registered on purpose.
-    """
-    if not original.__module__.startswith("transformers."):
-        return
-    for name in (original.__name__, original.config_class.model_type):
-        mapping = conversion_mapping.get_checkpoint_conversion_mapping(name)
-        if mapping is not None:
-            conversion_mapping.register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
 
 
 def _row(what: str, copied: torch.Tensor, original: torch.Tensor) -> list[Any]:

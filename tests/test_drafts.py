@@ -147,12 +147,7 @@ def test_a_parameter_that_vllm_cannot_serve_becomes_a_note_and_a_warning() -> No
 # ---- what stops a draft ------------------------------------------------------------------------
 
 SEEDS = {
-    "rotary": (
-        ("torch.stack((-x2, x1), dim=-1)", "torch.stack((x2, x1), dim=-1)"),
-        ("apply_rotary_pos_emb", "neither"),
-    ),
     "mask": (("create_causal_mask", "create_chunked_causal_mask"), ("create_chunked_causal_mask",)),
-    "sink": (("scaling=self.scaling,", "scaling=self.scaling, s_aux=self.sinks,"), ("s_aux=",)),
     "head norm": (
         (
             ".view(hidden_shape).transpose(1, 2)\n        key_states",
@@ -166,10 +161,6 @@ SEEDS = {
             "hidden_states = self.mlp(hidden_states) * attention_mask.sum()",
         ),
         ("attention_mask",),
-    ),
-    "rope field": (
-        ('config.rope_parameters["rope_theta"]', "config.my_theta"),
-        ("config.my_theta",),
     ),
 }
 

@@ -256,23 +256,27 @@ def _unpacked_statement(node, linears: set[str]) -> list:
     small = edit.single(node)
     if pair is not None and isinstance(pair[0], cst.Name) and isinstance(small, cst.Assign):
         name = pair[0].value
-        if pair[1] is calls[0]:
-            return [_paired(node, name, calls[0])]
+        if any(call is pair[1] for call in calls):
+            inner = [_first_of_pairs(argument, linears) for argument in pair[1].args]
+            return [_paired(node, name, pair[1].with_changes(args=inner))]
         rest = edit.replace_text(pair[1], edit.code(calls[0]), name)
         others = edit.replace_text(pair[1], edit.code(calls[0]), "_")
         if len(calls) == 1 and name not in edit.names_read(others):
             after = node.with_changes(body=[small.with_changes(value=rest)], leading_lines=[])
             return [_paired(node, name, calls[0]), after]
-    return [
-        edit.replace(
-            node,
-            lambda n: (
-                cst.Subscript(n, [cst.SubscriptElement(cst.Index(cst.Integer("0")))])
-                if _linear_name(n, linears)
-                else None
-            ),
-        )
-    ]
+    return [_first_of_pairs(node, linears)]
+
+
+def _first_of_pairs(node, linears: set[str]):
+    """up(x) inside an expression -> up(x)[0]."""
+    return edit.replace(
+        node,
+        lambda n: (
+            cst.Subscript(n, [cst.SubscriptElement(cst.Index(cst.Integer("0")))])
+            if _linear_name(n, linears)
+            else None
+        ),
+    )
 
 
 def _paired(node, name: str, call: cst.CSTNode):

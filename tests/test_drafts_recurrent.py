@@ -74,7 +74,6 @@ def test_mixers_are_known_by_what_they_hold(
         ("recurrent_gemma", "RG-LRU"),
         ("minimax", "linear attention with decay"),
         ("zamba2", "sharing modules between them"),
-        ("hrm_text", "in a recurrence of its own"),
     ],
 )
 def test_what_vllm_has_no_layer_for_is_named_with_its_line(model: str, words: str) -> None:

@@ -67,6 +67,8 @@ def _standing(parameter: torch.Tensor, tensor: torch.Tensor, target: Target) -> 
         return None
     before = parameter.data.clone()
     load = getattr(parameter, "weight_loader", default_weight_loader)
+    if load is default_weight_loader and target.shard is not None:
+        return None  # vLLM replaced the parameter after loading: its shards cannot be told any more
     try:
         parameter.data.fill_(float("nan"))
         load(parameter, tensor, *(() if target.shard is None else (target.shard,)))

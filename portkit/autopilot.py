@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from portkit.adopt import adopted
 from portkit.checks.runner import checks_of, pass_if_complete, run_checks
 from portkit.checks.verdict import Verdict
 from portkit.curriculum import Step, steps
@@ -122,6 +121,8 @@ def reached(port: Port) -> tuple[str, ...]:
 
     Of an adopted port, the steps that write the model's code too: a draft would replace it.
     """
+    from portkit.adopt import adopted  # brings LibCST, which a light start does without
+
     log = port.git(
         "log",
         "--author=portkit@localhost",

@@ -206,7 +206,7 @@ def test_ctrl_c_while_checking_exits_130_and_leaves_no_process(copied):
         text=True,
         start_new_session=True,
     )
-    time.sleep(4)
+    time.sleep(2)
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130

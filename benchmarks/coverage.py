@@ -1,7 +1,8 @@
 """Draft a port of every decoder-only architecture of Transformers, run it in vLLM, compare.
 
     python benchmarks/coverage.py [--only ARCH[,ARCH]] [--results FILE.jsonl] [--again failed|all]
-                                  [--parts port,backend,native] [--write docs/coverage.md] [--show]
+                                  [--parts port,backend,native] [--jobs N]
+                                  [--write docs/coverage.md] [--show]
 
 For each in-scope architecture: a tiny hardened checkpoint in several safetensors shards, the drafts
 of all steps, then the port's own class and `load_weights` in vLLM's engine, float32, against
@@ -11,18 +12,21 @@ and for ragged prompts and decoding on two. Beside it, on the same checkpoint: v
 backend and, where there is one, vLLM's native class.
 
 Results are kept per line in a file: a run that is stopped goes on where it was, and only what is
-asked for is done again. Rows of another device are kept beside (`--results` of both, comma
+asked for is done again. `--jobs` runs that many rows at a time, each in a worker of its own (about
+3 GiB and a core each). Rows of another device are kept beside (`--results` of both, comma
 separated, with --show or --write). Exits with 1 if a row that was run does not match.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from coverage_rows import PARTS, Store, measure_architecture
+from coverage_rows import PARTS, CoverageRow, Store, measure_architecture
 from coverage_table import document, one_line
 
 from portkit.architectures import in_scope
@@ -35,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", default=".portkit/coverage.jsonl", help="where rows are kept")
     parser.add_argument("--again", choices=("failed", "all"), help="rows to measure once more")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
     parser.add_argument("--show", action="store_true", help="measure nothing, print the table")
     parser.add_argument("--write", type=Path, help="put the table into this file")
     args = parser.parse_args(argv)
@@ -58,19 +63,32 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _measure(wanted: list[str], store: Store, args: argparse.Namespace) -> bool:
+    kept = store.rows()
+    everything = bool(args.only) or args.again == "all"
+    todo = [
+        (name, part)
+        for name in wanted
+        for part in args.parts.split(",")
+        if everything
+        or (name, part) not in kept
+        or (args.again == "failed" and not kept[name, part].matches)
+    ]
     bad = False
-    for number, name in enumerate(wanted, 1):
-        for part in args.parts.split(","):
-            kept = store.rows().get((name, part))
-            again = bool(args.only) or args.again == "all"
-            if kept and not again and not (args.again == "failed" and not kept.matches):
-                continue
-            with tempfile.TemporaryDirectory(prefix="portkit-coverage-") as folder:
-                row = measure_architecture(name, part, Path(folder), _say)
+    # Spawned: a fork would take along the threads and the worker of this process.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
+        rows = [pool.submit(_row, name, part) for name, part in todo]
+        for number, done in enumerate(as_completed(rows), 1):
+            row = done.result()
             store.add(row)
-            print(f"{number}/{len(wanted)} {one_line(row)}", flush=True)
-            bad |= part == "port" and not row.matches
+            print(f"{number}/{len(todo)} {one_line(row)}", flush=True)
+            bad |= row.part == "port" and not row.matches
     return bad
+
+
+def _row(name: str, part: str) -> CoverageRow:
+    with tempfile.TemporaryDirectory(prefix="portkit-coverage-") as folder:
+        return measure_architecture(name, part, Path(folder), _say)
 
 
 def _say(text: str) -> None:

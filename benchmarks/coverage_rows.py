@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from measure import machine
+
 from portkit.architectures import in_scope
 from portkit.create import new_port
 from portkit.draft.pipeline import apply_draft
@@ -40,6 +42,8 @@ class CoverageRow:
     warnings: tuple[str, ...]
     """What the draft left to the reader."""
     device: str
+    versions: str
+    """Of Python, vLLM, torch and Transformers where the row was measured."""
     date: str
     seconds: float
 
@@ -98,6 +102,7 @@ def measure_architecture(
         reason=" ".join(str(reason).split())[:400],
         warnings=tuple(warnings),
         device=device,
+        versions=", ".join(f"{name} {version}" for name, version in machine().versions),
         date=datetime.now(UTC).date().isoformat(),
         seconds=round(time.monotonic() - started, 1),
     )

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from coverage_rows import CoverageRow
-from measure import machine
 
 Rows = Mapping[tuple[str, str], CoverageRow]
 BAR = 0.75
@@ -33,8 +32,11 @@ def document(scope: Mapping[str, str], stores: Sequence[Rows]) -> str:
         for part in ("port", "backend", "native")
     }
     together = sum(1 for name in scope if _ok(best[name, "backend"]) or _ok(best[name, "native"]))
-    versions = ", ".join(f"{name} {version}" for name, version in machine().versions)
-    dates = sorted({row.date for row in best.values() if row})
+    measured = Counter(
+        f"{row.date}, {'a GPU' if row.device == 'cuda' else 'a CPU'}: {row.versions}"
+        for row in best.values()
+        if row
+    )
     ends = Counter(
         best[name, "port"].where if best[name, "port"] else "not measured"
         for name in scope
@@ -49,7 +51,7 @@ def document(scope: Mapping[str, str], stores: Sequence[Rows]) -> str:
         "rank and with two, weights read by the port's `load_weights`? "
         "`python benchmarks/coverage.py` measures it; `--write` makes this page.",
         "",
-        f"Measured {dates[0] if dates else '?'} to {dates[-1] if dates else '?'}, {versions}.",
+        *(f"- {n} rows on {where}." for where, n in sorted(measured.items())),
         "",
         "| | matching | of | share |",
         "|---|---|---|---|",

@@ -166,3 +166,20 @@ class TestThePatch:
         verdict = Resolves().run(context(port))
         assert verdict.status == "passed", verdict.what
         assert "vllm.model_executor.models.helium" in verdict.what
+
+
+def test_of_a_native_architecture_the_row_is_pointed_at_the_port(tmp_path):
+    """vLLM's own file stays, and so do the rows that are there already."""
+    port = new_port("opt", architecture="OPTForCausalLM", root=tmp_path)
+    outcome = draft(port)
+    assert outcome.status == "success" and "natively" in outcome.warnings[0]
+    ((name, patch),) = outcome.files
+    assert '-    "OPTForCausalLM": ("opt", "OPTForCausalLM"),' in patch
+    assert '+    "OPTForCausalLM": ("opt_port", "OPTForCausalLM"),' in patch
+    assert [line[6:] for line in patch.splitlines() if line.startswith("+++ b/")] == [
+        "vllm/model_executor/models/opt_port.py",
+        "vllm/model_executor/models/registry.py",
+    ]
+    port.apply({port.root / name: patch}, "draft of register")
+    verdict = PatchApplies().run(context(port))
+    assert verdict.status == "passed" and "2 files" in verdict.what

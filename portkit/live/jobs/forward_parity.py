@@ -254,6 +254,15 @@ class _Evidence:
 
     def _embeds(self) -> dict[str, Any]:
         """Embeddings in place of ids: made by the port, and handed in by the caller."""
+        wide = self.reference.embeddings(self.prompts.short[0]).shape[-1]
+        room = self.engine.llm.llm_engine.model_config.get_inputs_embeds_size()
+        if wide != room:
+            # An OPT with word_embed_proj_dim: its projection comes after the embeddings.
+            return {
+                "beyond_vllm": f"the embeddings of this model are {wide} wide and its layers "
+                f"{room}; vLLM's runner keeps inputs_embeds as wide as the layers "
+                "(ModelConfig.get_inputs_embeds_size), so it cannot be given these"
+            }
         seen: list[tuple[bool, bool]] = []
 
         def watch(module: Any, args: Any, kwargs: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from portkit.steps.register.draft import (
     SUPPORTED,
     TEST_REGISTRY,
     in_tree_source,
+    model_module,
     model_path,
     patch_path,
 )
@@ -69,9 +70,10 @@ class PatchApplies(Check):
             target = patched_tree(port)
         except PortkitError as error:
             return self.failed(error.what, where=error.where, next=error.next)
-        wanted = (model_path(port), REGISTRY, TEST_REGISTRY, SUPPORTED)
+        lists = (REGISTRY, TEST_REGISTRY, SUPPORTED)
         patch = (port.root / patch_path(port)).read_text()
-        missing = [name for name in wanted if f"+++ b/{name}" not in patch]
+        touched = [n for n in (model_path(port), *lists) if f"+++ b/{n}" in patch]
+        missing = [name for name in (model_path(port), REGISTRY) if name not in touched]
         if missing:
             return self.failed(
                 f"The patch does not touch {', '.join(missing)}.",
@@ -84,7 +86,7 @@ class PatchApplies(Check):
                 where=patch_path(port),
                 next="You edited the port after drafting the patch: portkit draft register",
             )
-        places = [(name, row_place(target, name, port.architecture)) for name in wanted[1:]]
+        places = [(name, row_place(target, name, port.architecture)) for name in lists]
         lost = [name for name, place in places if place is None]
         if lost:
             return self.failed(
@@ -97,7 +99,7 @@ class PatchApplies(Check):
             ("file", "before", "row", "after"),
             tuple((name, *place[:3]) for name, place in places),
         )
-        misplaced = [name for name, place in places if not place[3]]
+        misplaced = [name for name, place in places if name in touched and not place[3]]
         if misplaced:
             return self.failed(
                 f"The row is not in alphabetical order in {misplaced[0]}.",
@@ -105,7 +107,7 @@ class PatchApplies(Check):
                 where=misplaced[0],
                 next="portkit draft register puts it in its place.",
             )
-        return self.passed(f"git apply is clean; {len(wanted)} files change.", table)
+        return self.passed(f"git apply is clean; {len(touched)} files change.", table)
 
 
 class Resolves(Check):
@@ -134,7 +136,7 @@ class Resolves(Check):
         if not job.ok:
             return self.failed_job(job)
         answer = job.value
-        expected = f"vllm.model_executor.models.{port.name}"
+        expected = f"vllm.model_executor.models.{model_module(port)}"
         served, file = answer["model_class"][0], Path(answer["model_file"])
         if served != expected or not file.is_relative_to(target):
             return self.failed(

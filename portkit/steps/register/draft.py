@@ -3,12 +3,17 @@
 Four files, as vLLM's guide asks (Registering a model: Built-in models; Unit testing: Model
 loading): the model file, its row in the registry, its row in the registry of the tests, and its
 row on the page of supported models. vLLM's lists are alphabetical, and its tests say so.
+
+Of an architecture that vLLM has already, the patch points the registry's row at the port's file,
+beside vLLM's own, and leaves the other two rows as they are.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+from importlib.util import find_spec
+from pathlib import Path
 
 from portkit.architectures import transformers_folder
 from portkit.draft.outcome import DraftOutcome
@@ -17,7 +22,8 @@ from portkit.lint.source import must_parse
 from portkit.port import Port
 from portkit.steps.register import rows, tree
 
-REGISTRY = "vllm/model_executor/models/registry.py"
+MODELS = "vllm/model_executor/models"
+REGISTRY = f"{MODELS}/registry.py"
 TEST_REGISTRY = "tests/models/registry.py"
 SUPPORTED = "docs/models/supported_models.md"
 SECTION = "# [Decoder-only]"
@@ -35,8 +41,17 @@ def patch_path(port: Port) -> str:
 
 
 def model_path(port: Port) -> str:
-    """Where the model file goes, relative to the vLLM checkout."""
-    return f"vllm/model_executor/models/{port.name}.py"
+    """Where the model file goes, relative to the vLLM checkout; never over a file of vLLM's."""
+    return f"{MODELS}/{model_module(port)}.py"
+
+
+def model_module(port: Port) -> str:
+    """The module that the registry's row names: the port's name, "_port" added if it is taken."""
+    spec = find_spec("vllm")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        if Path(folder, "model_executor", "models", f"{port.name}.py").exists():
+            return f"{port.name}_port"
+    return port.name
 
 
 def draft(port: Port) -> DraftOutcome:
@@ -67,46 +82,62 @@ def draft(port: Port) -> DraftOutcome:
 
 def _patch(port: Port) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     registry, tests, page = tree.read(REGISTRY, TEST_REGISTRY, SUPPORTED)
-    arch, module = port.architecture, port.name
+    arch, module = port.architecture, model_module(port)
+    native = arch in rows.dict_keys(registry, "_TEXT_GENERATION_MODELS", SECTION)
     hub, warnings = _hub_example(port)
-
-    new_registry = rows.drop_dict_row(registry, "_TRANSFORMERS_SUPPORTED_MODELS", arch)
-    new_registry = rows.drop_dict_row(new_registry, "_PREVIOUSLY_SUPPORTED_MODELS", arch)
+    new_registry = registry
+    for table in ("_TRANSFORMERS_SUPPORTED_MODELS", "_PREVIOUSLY_SUPPORTED_MODELS"):
+        new_registry = rows.drop_dict_row(new_registry, table, arch)
     new_registry = rows.add_dict_row(
-        new_registry,
+        rows.drop_dict_row(new_registry, "_TEXT_GENERATION_MODELS", arch),
         "_TEXT_GENERATION_MODELS",
         SECTION,
         arch,
         f'    "{arch}": ("{module}", "{arch}"),\n',
     )
-    offline = "" if hub else ", is_available_online=False"
-    new_tests = rows.drop_dict_row(tests, "_TEXT_GENERATION_EXAMPLE_MODELS", arch)
-    new_tests = rows.add_dict_row(
-        new_tests,
-        "_TEXT_GENERATION_EXAMPLE_MODELS",
-        SECTION,
-        arch,
-        f'    "{arch}": _HfExamplesInfo("{hub or module}"{offline}),\n',
-    )
-    lora, pp = (YES if base in port.source else "" for base in ("SupportsLoRA", "SupportsPP"))
-    cells = (f"`{arch}`", _title(arch), f"`{hub or module}`, etc.", lora, pp)
-    new_page = rows.add_table_row(
-        page, HEADING, arch, "| " + " | ".join(cells).replace("|  |", "| |").rstrip() + " |\n"
-    )
+    if native:
+        warnings = (
+            f"vLLM has {arch} natively. The patch points its row at {module}.py and leaves vLLM's "
+            "own file: compare the two before you replace it in earnest.",
+        )
+        new_tests, new_page = tests, page
+    else:
+        new_tests, new_page = _new_rows(port, hub or module, bool(hub), tests, page)
     changes = (
         (SUPPORTED, page, new_page),
         (TEST_REGISTRY, tests, new_tests),
         (model_path(port), "", in_tree_source(port)),
         (REGISTRY, registry, new_registry),
     )
-    text = f"[Model] Add {arch}\n\n" + "".join(_diff(*change) for change in changes)
-    did = (
-        f"{model_path(port)}: the model file, with relative imports and vLLM's SPDX header",
-        f"{REGISTRY}: the row {arch} in _TEXT_GENERATION_MODELS, in alphabetical order",
-        f"{TEST_REGISTRY}: the row that vLLM's own registry tests want",
-        f"{SUPPORTED}: the row on the page of supported models",
-    )
+    changes = tuple(change for change in changes if change[1] != change[2])
+    verb = "Replace" if native else "Add"
+    text = f"[Model] {verb} {arch}\n\n" + "".join(_diff(*change) for change in changes)
+    said = {
+        model_path(port): "the model file, with relative imports and vLLM's SPDX header",
+        REGISTRY: f"the row {arch} in _TEXT_GENERATION_MODELS, in alphabetical order",
+        TEST_REGISTRY: "the row that vLLM's own registry tests want",
+        SUPPORTED: "the row on the page of supported models",
+    }
+    touched = {path for path, *_ in changes}
+    did = tuple(f"{path}: {what}" for path, what in said.items() if path in touched)
     return text, did, warnings
+
+
+def _new_rows(port: Port, example: str, online: bool, tests: str, page: str) -> tuple[str, str]:
+    """Return the registry of the tests and the page of supported models, each with the row."""
+    arch = port.architecture
+    offline = "" if online else ", is_available_online=False"
+    tests = rows.add_dict_row(
+        rows.drop_dict_row(tests, "_TEXT_GENERATION_EXAMPLE_MODELS", arch),
+        "_TEXT_GENERATION_EXAMPLE_MODELS",
+        SECTION,
+        arch,
+        f'    "{arch}": _HfExamplesInfo("{example}"{offline}),\n',
+    )
+    lora, pp = (YES if base in port.source else "" for base in ("SupportsLoRA", "SupportsPP"))
+    cells = (f"`{arch}`", _title(arch), f"`{example}`, etc.", lora, pp)
+    row = "| " + " | ".join(cells).replace("|  |", "| |").rstrip() + " |\n"
+    return tests, rows.add_table_row(page, HEADING, arch, row)
 
 
 def in_tree_source(port: Port) -> str:

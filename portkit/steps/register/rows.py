@@ -29,7 +29,7 @@ def add_dict_row(source: str, table: str, section: str, key: str, row: str) -> s
         raise PortkitError(
             f"{key} has a row in {table} already.",
             table,
-            "vLLM has this architecture natively: compare with its class before you replace it.",
+            "Drop that row first, or leave it as it is.",
         )
     place = _alphabetical([r.key for r in inside], key)
     at = inside[place].first if place < len(inside) else inside[-1].last + 1

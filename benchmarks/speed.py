@@ -1,7 +1,7 @@
 """Tokens per second of what the drafts write, beside vLLM's native class and Transformers backend.
 
     python benchmarks/speed.py [--models llama,helium] [--batches 1,32,512] [--tokens 128,256]
-                               [--repeats 5] [--size 1.2b|tiny] [--write docs/speed.md]
+                               [--repeats 5] [--seconds 10] [--size 1.2b|tiny] [--write FILE]
 
 For an NVIDIA GPU: bfloat16, torch.compile and CUDA graphs. A checkpoint with random weights is
 written in the model's own configuration at the asked size, the port is drafted, and each way runs
@@ -60,13 +60,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", default="llama,helium", help="model types, comma separated")
     parser.add_argument("--batches", default="1,32,512")
     parser.add_argument("--tokens", default="128,256", help="tokens in, tokens out")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="of each batch, at least")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each batch, at least")
     parser.add_argument("--size", default="1.2b", choices=SIZES)
     parser.add_argument("--write", type=Path)
     args = parser.parse_args(argv)
     batches = [int(n) for n in args.batches.split(",")]
     tokens_in, tokens_out = (int(n) for n in args.tokens.split(","))
-    lines = _head(args.size, tokens_in, tokens_out, args.repeats)
+    lines = _head(args, tokens_in, tokens_out)
     with tempfile.TemporaryDirectory(prefix="portkit-speed-") as folder:
         for model in args.models.split(","):
             try:
@@ -96,13 +97,14 @@ def _measure(
         for way in WAYS:
             result = live.run(
                 "tokens_per_second",
-                timeout=START_SECONDS + 60.0 * len(batches),
+                timeout=START_SECONDS + (60.0 + args.seconds) * len(batches),
                 progress=lambda text: print(f"  … {text}", file=sys.stderr, flush=True),
                 way=way,
                 batches=batches,
                 tokens_in=tokens_in,
                 tokens_out=tokens_out,
                 repeats=args.repeats,
+                seconds=args.seconds,
                 kv_cache_gib=24 if args.size != "tiny" else 1,
             )
             if result.ok:
@@ -128,16 +130,16 @@ def _port(model: str, folder: Path, sizes: dict[str, Any]) -> Port:
     return port
 
 
-def _head(size: str, tokens_in: int, tokens_out: int, repeats: int) -> list[str]:
+def _head(args: argparse.Namespace, tokens_in: int, tokens_out: int) -> list[str]:
     here = machine()
     versions = ", ".join(f"{name} {version}" for name, version in here.versions)
     return [
         "# Speed of what the drafts write",
         "",
         f"Generated tokens per second, {tokens_in} tokens in and {tokens_out} out; median (minimum "
-        f"to maximum) of {repeats} runs after a warm-up, all in one session; size {size}, random "
-        f"weights. {here.date}, {here.device}; {versions}. `python benchmarks/speed.py` measures "
-        "it again.",
+        f"to maximum) of the runs that {args.seconds:.0f} s hold after a warm-up, {args.repeats} at "
+        f"least, all in one session; size {args.size}, random weights. {here.date}, {here.device}; "
+        f"{versions}. `python benchmarks/speed.py` measures it again.",
     ]
 
 

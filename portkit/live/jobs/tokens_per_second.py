@@ -1,7 +1,8 @@
 """Generation speed of one way to run the model: tokens per second, several repeats.
 
 args: way ("port", "native", "transformers_backend", "transformers"), batches, tokens_in,
-tokens_out, repeats; kv_cache_gib, the size of the KV cache on a GPU (default: the checks' own).
+tokens_out; repeats and seconds, of each batch and both at least; kv_cache_gib, the size of the KV
+cache on a GPU (default: the checks' own).
 Each way runs in a process of its own, one after the other.
 value: rows [{batch, rates}], rates in generated tokens per second; how (dtype, eager, class).
 """
@@ -47,8 +48,11 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     for batch in args["batches"]:
         generate(batch)  # compiles, captures and fills caches
         rates = []
-        for repeat in range(args["repeats"]):
-            say(f"{args['way']}, batch {batch}, run {repeat + 1} of {args['repeats']}")
+        until = time.perf_counter() + args.get("seconds", 0.0)
+        while len(rates) < args["repeats"] or time.perf_counter() < until:
+            say(
+                f"{args['way']}, batch {batch}, run {len(rates) + 1} (of {args['repeats']} or more)"
+            )
             began = time.perf_counter()
             made = generate(batch)
             rates.append(made / (time.perf_counter() - began))

@@ -137,9 +137,9 @@ def _head(args: argparse.Namespace, tokens_in: int, tokens_out: int) -> list[str
         "# Speed of what the drafts write",
         "",
         f"Generated tokens per second, {tokens_in} tokens in and {tokens_out} out; median (minimum "
-        f"to maximum) of the runs that {args.seconds:.0f} s hold after a warm-up, {args.repeats} at "
-        f"least, all in one session; size {args.size}, random weights. {here.date}, {here.device}; "
-        f"{versions}. `python benchmarks/speed.py` measures it again.",
+        f"to maximum) of the runs that {args.seconds:.0f} s hold after a warm-up, {args.repeats} "
+        f"at least, all in one session; size {args.size}, random weights. "
+        f"{here.date}, {here.device}; {versions}. `python benchmarks/speed.py` measures it again.",
     ]
 
 

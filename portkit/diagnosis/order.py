@@ -32,6 +32,7 @@ ORDER = (
     "rehearsal_tp4",
     "rehearsal_pp2",
     "quantised_run",
+    "lora",
     "bad_checkpoints",
     "load_memory",
 )
@@ -39,6 +40,7 @@ SLOW = (
     "rehearsal_tp4",
     "rehearsal_pp2",
     "quantised_run",
+    "lora",
     "bad_checkpoints",
     "load_memory",
     "impossible_ranks",

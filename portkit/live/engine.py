@@ -22,6 +22,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.lora.request import LoRARequest
 
 from portkit.errors import PortkitError
 from portkit.live import loader as portkit_loader
@@ -101,10 +102,12 @@ class Engine:
         max_tokens: int = 1,
         *,
         prompt_logprobs: bool = False,
+        adapter: LoRARequest | None = None,
     ) -> list[Generated]:
         """Run prompts together, greedily, with the log-probabilities of the whole vocabulary.
 
-        Ends only at max_tokens: an end-of-text token is a token like any other here.
+        Ends only at max_tokens: an end-of-text token is a token like any other here. `adapter`
+        needs an engine with enable_lora.
         """
         sampling = SamplingParams(
             max_tokens=max_tokens,
@@ -119,7 +122,7 @@ class Engine:
             {"prompt_embeds": p} if isinstance(p, torch.Tensor) else {"prompt_token_ids": list(p)}
             for p in prompts
         ]
-        outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
+        outputs = self.llm.generate(inputs, sampling, use_tqdm=False, lora_request=adapter)
         return [
             Generated(
                 tuple(output.outputs[0].token_ids),

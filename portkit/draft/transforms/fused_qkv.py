@@ -58,10 +58,15 @@ def cut_parallel(facts: AttentionFacts, forward: cst.FunctionDef) -> list[edit.S
     return _around(facts, layout, forward, "qkv, _ = {call}", [cut])
 
 
+def reorders(facts: AttentionFacts | None) -> bool:
+    """Does the checkpoint keep the rows of the projection in another order than vLLM?"""
+    return facts is not None and facts.fused is not None and not facts.fused.is_plain
+
+
 def loader_statements(facts: AttentionFacts) -> list[edit.Statement]:
     """What `__init__` needs behind the projection if the checkpoint's rows are in another order."""
     layout = facts.fused
-    if layout is None or layout.is_plain:
+    if not reorders(facts):
         return []
     return [
         edit.comment_before(

@@ -6,6 +6,7 @@ import libcst as cst
 
 from portkit.draft import edit
 from portkit.draft.blocker import Blocker
+from portkit.draft.transforms.fused_qkv import reorders
 from portkit.draft.transforms.parallel_mlp import FUSED
 from portkit.draft.work import Work, set_members, set_method
 
@@ -66,8 +67,9 @@ def port_causal_lm(work: Work) -> None:
     )
     del biased
     work.put(_mixins(work, cls))
+    lora = "no LoRA" if reorders(facts.attention) else "LoRA"
     work.did.append(
-        f"{facts.causal_lm}: ParallelLMHead, LogitsProcessor, packed_modules_mapping, LoRA, "
+        f"{facts.causal_lm}: ParallelLMHead, LogitsProcessor, packed_modules_mapping, {lora}, "
         "pipeline stages."
     )
 
@@ -159,7 +161,8 @@ def _logits(work: Work, cls: cst.ClassDef) -> tuple[list[edit.Statement], str, b
 def _mixins(work: Work, cls: cst.ClassDef) -> cst.ClassDef:
     """Base classes and class attributes that LoRA, quantisation and pipelines read."""
     bases = [edit.code(b.value) for b in cls.bases]
-    for mixin in ("SupportsLoRA", "SupportsPP"):
+    reordered = reorders(work.facts.attention)
+    for mixin in ("SupportsPP",) if reordered else ("SupportsLoRA", "SupportsPP"):
         if mixin not in bases:
             bases.append(mixin)
     cls = cls.with_changes(bases=[cst.Arg(edit.expression(b)) for b in bases])
@@ -174,6 +177,11 @@ def _mixins(work: Work, cls: cst.ClassDef) -> cst.ClassDef:
         notes = ["Which linears of the checkpoint each fused linear holds."]
         if any("packed_modules_mapping assumes" in warning for warning in work.warnings):
             notes.append("PORT: the usual names; compare with the checkpoint's.")
+        if reordered:
+            notes += [
+                f"No SupportsLoRA: {work.facts.attention.qkv.attr}'s rows are put in order while",
+                "they are loaded, and vLLM gives it an adapter's rows as they come.",
+            ]
         attributes.append(edit.comment_before(made, *notes))
     if "embedding_modules" not in written:
         attributes.append(

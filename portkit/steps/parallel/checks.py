@@ -15,6 +15,7 @@ from portkit.live import layers
 from portkit.live.checkpoint import open_checkpoint
 from portkit.live.evidence import gather, run_with_a_loader
 from portkit.live.job import JobResult
+from portkit.steps.parallel.lora import LoraAdapters
 from portkit.steps.parallel.pipeline import RehearsalPp2
 from portkit.steps.parallel.rehearsals import (
     STEP,
@@ -374,6 +375,7 @@ CHECKS = (
     RehearsalPp2,
     ImpossibleRanks,
     QuantisedRun,
+    LoraAdapters,
 )
 
 

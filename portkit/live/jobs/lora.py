@@ -1,0 +1,167 @@
+"""Job: run the port with LoRA adapters, beside Transformers with the same change of its weights.
+
+args: "loader", "portkit" (default) or "port".
+value: layers (what an adapter of all linears adapts, by path), effect (how far the random adapter
+moves Transformers' log-probabilities), tolerance, zero and all (cases: name, max_abs, ok), ignored
+(names of the adapter that reach no layer of the port), parts (only if `all` differs: per layer
+name, an adapter of that alone: ours, theirs, distance, error, like: another layer name whose
+change the port made instead); "nothing" with a reason instead, if there is no linear to adapt or
+the class takes no adapters.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from vllm.lora.request import LoRARequest
+from vllm.model_executor.models import supports_lora
+
+from portkit.live import adapters
+from portkit.live.checkpoint import open_checkpoint
+from portkit.live.device import find_device
+from portkit.live.engine import Engine, start
+from portkit.live.job import JobRequest
+from portkit.live.portmodule import port_class
+from portkit.live.prompts import prompts_for
+from portkit.live.quantised import logprobs
+from portkit.live.reference import load_model, original_class
+from portkit.port import Port
+
+ROWS = 8
+"""Prompts; each is judged by the distribution after its last token. vLLM's CPU build cannot give
+those after the other tokens where the head takes adapters too."""
+
+
+def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
+    """Adapt, run, compare; what vLLM or the port raises passes through."""
+    port = Port(Path(request.port_root))
+    checkpoint = open_checkpoint(port.checkpoint)
+    if not supports_lora(port_class(port)):
+        return {"nothing": "the class does not say SupportsLoRA, so vLLM takes no adapter for it"}
+    if find_device()[0] == "cpu" and "FusedMoE" in port.source:
+        return {"nothing": "experts beside adapters run on a Triton kernel, which needs a GPU"}
+    original = load_model(original_class(port), checkpoint)
+    paths = adapters.adaptable(original, set(checkpoint.names))
+    if not paths:
+        return {"nothing": "the original has no linear layer that its checkpoint names"}
+    say("starting vLLM with LoRA")
+    with start(
+        port.root,
+        loader=request.args.get("loader", "portkit"),
+        enable_lora=True,
+        max_lora_rank=adapters.RANK,
+        enable_prompt_embeds=False,
+    ) as engine:
+        folder = port.state_dir / "cache" / "lora"
+        shutil.rmtree(folder, ignore_errors=True)
+        return _Comparison(engine, original, folder).gather(paths, say)
+
+
+class _Comparison:
+    """The port and Transformers, both with an adapter, on the same prompts."""
+
+    def __init__(self, engine: Engine, original: nn.Module, folder: Path) -> None:
+        self.engine = engine
+        self.original = original
+        self.folder = folder
+        longest = int(engine.llm.llm_engine.model_config.max_model_len)
+        short = prompts_for(engine.port, engine.checkpoint, longest=longest).short
+        self.prompts = [ids[:n] for ids in short for n in (len(ids), len(ids) // 2) if n][:ROWS]
+        self.plain = self._theirs({})
+        self.numbers = itertools.count(1)
+        self.limit = engine.profile.logprobs
+
+    def gather(self, paths: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
+        say("comparing with Transformers, adapted alike")
+        zero = self._with(adapters.zero_adapter(self.original, paths))
+        adapter = adapters.random_adapter(self.original, paths)
+        theirs = self._theirs(adapter)
+        value: dict[str, Any] = {
+            "layers": list(paths),
+            "effect": _distance(theirs, self.plain),
+            "tolerance": [self.limit.value, self.limit.reason],
+            "zero": self._judged(zero, self.plain),
+            "ignored": [],
+            "parts": [],
+        }
+        ours = self._with(adapter)
+        value["all"] = self._judged(ours, theirs)
+        value["ignored"] = self._ignored(next(self.numbers) - 1)
+        if not value["all"]["ok"] or value["ignored"]:
+            say("finding the layers whose adapter goes astray")
+            value["parts"] = self._parts(paths)
+        return value
+
+    def _with(self, adapter: adapters.Adapter) -> np.ndarray | str:
+        """Return the port's answers with an adapter, or what vLLM said against it."""
+        number = next(self.numbers)
+        adapters.write(self.folder / str(number), adapter)
+        request = LoRARequest(f"adapter {number}", number, str(self.folder / str(number)))
+        try:
+            self.engine.llm.llm_engine.add_lora(request)
+        except (ValueError, RuntimeError, AssertionError) as error:  # sizes that do not fit, too
+            return str(error) or repr(error)
+        return np.concatenate(
+            [g.logprobs for g in self.engine.generate(self.prompts, adapter=request)]
+        )
+
+    def _theirs(self, adapter: adapters.Adapter) -> np.ndarray:
+        with adapters.adapted(self.original, adapter) as model:
+            return np.stack([logprobs(model, ids)[-1] for ids in self.prompts])
+
+    def _judged(self, ours: np.ndarray | str, theirs: np.ndarray) -> dict[str, Any]:
+        if isinstance(ours, str):
+            return {"error": ours, "max_abs": float("inf"), "ok": False}
+        distance = _distance(ours, theirs)
+        return {"error": "", "max_abs": distance, "ok": distance <= self.limit.value}
+
+    def _ignored(self, number: int) -> list[str]:
+        """Return the names of an adapter that vLLM took in and gave to no layer."""
+        manager = self.engine.runner.lora_manager._adapter_manager
+        adapter = manager.get_adapter(number)
+        return sorted(set(adapter.loras) - set(manager.modules)) if adapter else []
+
+    def _parts(self, paths: Sequence[str]) -> list[dict[str, Any]]:
+        names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+        of = {n: [p for p in paths if p.rpartition(".")[2] == n] for n in names}
+        rows = []
+        for name in names:
+            adapter = adapters.random_adapter(self.original, of[name])
+            ours, theirs = self._with(adapter), self._theirs(adapter)
+            judged = self._judged(ours, theirs)
+            row = {
+                "name": name,
+                "path": of[name][0],
+                "theirs": _distance(theirs, self.plain),
+                "ours": _distance(ours, self.plain) if not isinstance(ours, str) else None,
+                "like": "",
+                **judged,
+            }
+            if not judged["ok"] and not isinstance(ours, str):
+                row["like"] = self._like(ours, adapter, [n for n in names if n != name])
+            rows.append(row)
+        return rows
+
+    def _like(self, ours: np.ndarray, adapter: adapters.Adapter, names: Sequence[str]) -> str:
+        """Return the other layer of the same shape that the port applied this adapter to, or ""."""
+        for other in names:
+            moved = {f"{p.rpartition('.')[0]}.{other}": pair for p, pair in adapter.items()}
+            try:
+                distance = _distance(ours, self._theirs(moved))
+            except (AttributeError, RuntimeError):  # no such layer there, or another shape
+                continue
+            if distance <= self.limit.value:
+                return other
+        return ""
+
+
+def _distance(one: np.ndarray, other: np.ndarray) -> float:
+    """Return the largest |difference| of a log-probability; inf for a NaN."""
+    largest = float(np.abs(one - other).max())
+    return float("inf") if np.isnan(largest) else largest

@@ -1,0 +1,189 @@
+"""Adapters: what a LoRA adapter of the original model does to the port."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from portkit.checks.base import Check, CheckContext
+from portkit.checks.verdict import Table, Verdict
+from portkit.live.evidence import gather
+from portkit.live.job import JobResult
+from portkit.steps.parallel.rehearsals import STEP, place
+from portkit.steps.weights.parity import line_of_loading
+
+MAPPING = "packed_modules_mapping"
+CAUSES = (
+    f"{MAPPING} does not name a fused layer's parts, or in another order than the layer has them",
+    "a layer has another name than in Transformers, and no hf_to_vllm_mapper on the class says so",
+    "load_weights puts a layer's rows in another order, which vLLM does not do with an adapter",
+)
+
+
+class LoraAdapters(Check):
+    """LoRA adapters do to the port what they do to Transformers' model.
+
+    One that trains start from (B is zero) changes nothing; a random one on all linear layers moves
+    every log-probability as Transformers with W + scale * B @ A is moved. Both are in peft's
+    format and name layers as Transformers does. If they differ, one adapter per layer name says
+    which goes astray. Proves nothing about adapters of embeddings, head and experts.
+    """
+
+    id = "lora"
+    step = STEP
+    title = "LoRA adapters reach the layers they are for"
+    requires = ("rehearsal_tp1",)
+
+    def run(self, context: CheckContext) -> Verdict:
+        job = self._job(context)
+        port = context.port
+        if not job.ok:
+            return self.failed(
+                f"With LoRA switched on the port stopped: {job.what}",
+                where=job.where or port.modeling.name,
+                next=job.next
+                or "Without LoRA it runs: each linear is wrapped in a layer of "
+                "vLLM's then, so call it and leave its inside alone.",
+                causes=("forward reads a linear's weight itself instead of calling it", *CAUSES),
+                log=job.log_tail,
+                job=job,
+            )
+        found = job.value
+        if "nothing" in found:
+            return self.skipped(f"No adapter can be tried: {found['nothing']}.", job=job)
+        tables = _tables(found)
+        if not found["zero"]["ok"] and not found["zero"]["error"]:
+            return self.failed(
+                f"An adapter that changes nothing moves the log-probabilities by "
+                f"{found['zero']['max_abs']:.3g} (tolerance {found['tolerance'][0]:g}).",
+                *tables,
+                where=port.modeling.name,
+                next="Without LoRA the port is right: look for code that asks for a linear's "
+                "class or weight.",
+                causes=("forward reads a linear's weight itself instead of calling it",),
+                job=job,
+            )
+        astray = [row for row in found["parts"] if not row["ok"]]
+        if astray:
+            return self._astray(context, job, astray, tables)
+        if not found["all"]["ok"]:
+            return self.failed(
+                f"Each layer's adapter alone is right, all of them together differ from "
+                f"Transformers by {found['all']['max_abs']:.3g}.",
+                *tables,
+                where=port.modeling.name,
+                causes=CAUSES,
+                job=job,
+            )
+        return self.passed(
+            f"An adapter of {len(found['layers'])} linear layers moves log-probabilities by up to "
+            f"{found['effect']:.2g}, as Transformers' to {found['all']['max_abs']:.1e}; one with "
+            f"B = 0 moves none.",
+            *tables,
+            job=job,
+        )
+
+    def _job(self, context: CheckContext) -> JobResult:
+        """Return what the job found with the port's own load_weights, if that is right.
+
+        What it does, packed_modules_mapping need not do: portkit's loader would be misled by the
+        same mistake that misleads adapters.
+        """
+        own = context.loader or ("port" if "def load_weights" in context.port.source else "portkit")
+        job = gather(context, self.id, "lora", loader=own)
+        if context.loader or own == "portkit" or (job.ok and _loaded_right(job.value)):
+            return job
+        return gather(context, self.id, "lora", loader="portkit")
+
+    def _astray(
+        self,
+        context: CheckContext,
+        job: JobResult,
+        astray: list[dict[str, Any]],
+        tables: tuple[Table, ...],
+    ) -> Verdict:
+        first = astray[0]
+        name = first["name"]
+        ignored = (
+            first["ours"] is not None
+            and first["ours"] < job.value["tolerance"][0] < first["theirs"]
+        )
+        next = (
+            f"Compare {MAPPING} with the parts of the layer that {name} is fused into, and its "
+            "order with that of the output's split."
+        )
+        causes = CAUSES
+        if "expected target modules" in first["error"]:
+            what = f"vLLM refuses an adapter of {name}: it knows no layer of that name."
+            causes = (f"{MAPPING} does not name {name} as a part of a fused layer", *CAUSES[1:])
+        elif first["error"]:
+            what = f"vLLM cannot take an adapter of {name}: {first['error']}"
+        elif first["like"]:
+            what = f"The port applies {name}'s adapter to {first['like']}."
+            causes = (f"{MAPPING} lists {name} in the place of {first['like']}", *CAUSES[1:])
+        elif ignored:
+            what = f"An adapter of {name} reaches no layer of the port: vLLM ignores it."
+            causes = (CAUSES[1], CAUSES[0])
+            next = (
+                "Adapters go by the names of Transformers' modules: put the renaming into "
+                "hf_to_vllm_mapper on the class."
+            )
+        else:
+            what = (
+                f"An adapter of {name} moves the port by {first['ours']:.2g}, Transformers by "
+                f"{first['theirs']:.2g}; they differ by {first['max_abs']:.2g}."
+            )
+            causes = (CAUSES[2], *CAUSES[:2])
+            next = (
+                "If load_weights reorders this layer's rows, no adapter of it can be right: leave "
+                "SupportsLoRA out, and vLLM refuses adapters in words."
+            )
+        others = ", ".join(row["name"] for row in astray[1:])
+        return self.failed(
+            what + (f" As wrong: {others}." if others else ""),
+            *tables,
+            where=line_of_loading(context.port) if ignored else self._place(context, first),
+            next=next,
+            causes=causes,
+            job=job,
+        )
+
+    def _place(self, context: CheckContext, row: dict[str, Any]) -> str:
+        """Return the line of packed_modules_mapping that names the layer, or that makes it."""
+        port, name = context.port, row["name"]
+        lines = port.source.splitlines()
+        begin = next((n for n, text in enumerate(lines, 1) if MAPPING in text), 0)
+        for number in range(begin, min(begin + 12, len(lines) + 1)) if begin else ():
+            if re.search(rf"[\"']{name}[\"']", lines[number - 1]):
+                return place(port, number)
+        layout = gather(context, self.id, "layout")
+        rows = layout.value["modules"] if layout.ok else []
+        made = next((m["line"] for m in rows if m["path"].rpartition(".")[2] == name), 0)
+        return place(port, made or begin)
+
+
+def _loaded_right(found: dict[str, Any]) -> bool:
+    """Whether the port is right as long as an adapter changes nothing."""
+    return "nothing" in found or found["zero"]["ok"] or bool(found["zero"]["error"])
+
+
+def _tables(found: dict[str, Any]) -> tuple[Table, ...]:
+    if not found["parts"]:
+        return ()
+    return (
+        Table(
+            "An adapter of one layer name at a time",
+            ("layer", "moves Transformers by", "moves the port by", "they differ by", "verdict"),
+            tuple(
+                (
+                    row["name"],
+                    f"{row['theirs']:.2g}",
+                    "refused" if row["ours"] is None else f"{row['ours']:.2g}",
+                    f"{row['max_abs']:.1e}",
+                    "alike" if row["ok"] else f"as {row['like']}'s" if row["like"] else "NOT ALIKE",
+                )
+                for row in found["parts"]
+            ),
+            f"Tolerance {found['tolerance'][0]:g}: {found['tolerance'][1]}.",
+        ),
+    )

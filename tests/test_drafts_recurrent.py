@@ -158,3 +158,25 @@ def test_a_mixer_that_computes_something_else_is_refused(old: str, new: str, wor
     outcome = drafted(source.replace(old, new), architecture, "forward")
     assert outcome.status == "failed"
     assert words in outcome.reason
+
+
+def test_one_class_of_layer_that_holds_either_mixer() -> None:
+    """`self.mamba = None`, then the mixer in some layers: forward goes on asking which it is."""
+    text = weights("granitemoehybrid")
+    assert "self.mamba = None" in text
+    assert (
+        "if self.mamba is not None:\n            hidden_states = self.mamba(hidden_states)" in text
+    )
+    assert "get_act_and_mul_fn" in text  # gate and up of the shared expert, taken by their index
+
+
+def test_the_class_of_a_layer_chosen_in_the_comprehension() -> None:
+    architecture, source = copied("olmo_hybrid")
+    for step in ("forward", "parallel"):
+        outcome = drafted(source, architecture, step)
+        assert outcome.status == "success", outcome.reason
+        ((_, source),) = outcome.files
+    start = source.index("def get_layer(prefix: str)")
+    made = source[start : source.index("make_layers(", start)]
+    assert 'if config.layer_types[layer_idx] == "linear_attention":' in made
+    assert made.count("quant_config=quant_config") == 2

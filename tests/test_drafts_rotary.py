@@ -45,3 +45,13 @@ def test_a_table_of_sines_is_recognised_by_what_it_computes() -> None:
     assert (table.layout, table.base, table.dim) == ("neighbours", "10000", "config.rotary_dim")
     other = view_module(source.replace("torch.stack((-x2, x1)", "torch.stack((x2, -x1)"))
     assert rotary_table_of(other, other.classes["GPTJAttention"]) is None
+
+
+def test_a_config_may_leave_the_rotation_out() -> None:
+    """The attention decides by the condition under which the original makes its rotary class."""
+    text = forward("granitemoehybrid")
+    assert 'if config.position_embedding_type == "rope"\n            else None' in text
+    assert "if self.rotary_emb is not None:" in text
+    text = forward("olmo_hybrid")
+    assert 'config.rope_parameters.get("rope_theta") is not None' in text
+    assert 'and config.layer_types[layer_idx] == "full_attention"\n            else None' in text

@@ -335,6 +335,12 @@ class _Mlp(Interpreter):
                 return (("part", inner, 0), ("part", inner, 1))
         return super().call(node, values)
 
+    def subscript(self, node: ast.Subscript, values: dict[str, Any]) -> Any:
+        parts, at = self.value(node.value, values), text(node.slice)
+        if at in ("0", "1") and len(parts) == 2 and all(p[0] == "part" for p in parts):
+            return parts[int(at)]
+        return super().subscript(node, values)
+
 
 def read_mlp(reader: Reader, view: ClassView) -> MlpFacts:
     """Which known shape the class computes: gated, gated with one fused linear, or plain."""

@@ -108,7 +108,7 @@ def _read(module: cst.Module) -> _File:
             file.functions[item.name.value] = item
     for name, cls in file.classes.items():
         made: dict[str, str] = {}
-        known: Env = {}
+        optional: set[str] = set()
         init = edit.method(cls, "__init__")
         for node in _every(edit.body_of(init)) if init is not None else ():
             pair = edit.assigned_attribute(node)
@@ -121,9 +121,12 @@ def _read(module: cst.Module) -> _File:
             ]
             if held:
                 made[pair[0]] = held[0]
-        for attr in made:
-            known[f"self.{attr}"] = SOMETHING
-        file.made[name], file.attributes[name] = made, known
+            if edit.find(pair[1], lambda n: isinstance(n, cst.Name) and n.value == "None"):
+                optional.add(pair[0])
+        file.made[name] = made
+        file.attributes[name] = {
+            f"self.{attr}": UNKNOWN if attr in optional else SOMETHING for attr in made
+        }
     return file
 
 

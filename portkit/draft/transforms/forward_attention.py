@@ -15,7 +15,7 @@ from portkit.draft.transforms.attention_flow import AttentionFlow
 from portkit.draft.transforms.attention_values import attention_name
 from portkit.draft.transforms.forward_rotary import plan_rotary
 from portkit.draft.transforms.fused_qkv import cut_flat
-from portkit.draft.transforms.layer_rotation import layer_rotation
+from portkit.draft.transforms.layer_rotation import rotation_of
 from portkit.draft.transforms.masked_windows import window_of_masks
 from portkit.draft.work import Work, plain_module, rewrite_init, set_method
 
@@ -66,7 +66,7 @@ def port_attention(work: Work) -> None:
     rotary = work.facts.rotary
     forward, given = cut_flat(work, forward)
     plan = plan_rotary(work)
-    by_layer = layer_rotation(work)
+    by_layer = rotation_of(work)
     flow = AttentionFlow(
         rotates_by_layer=by_layer is not None,
         functions=work.functions(),

@@ -237,7 +237,8 @@ def _model_init_line(work: Work, node: edit.Statement) -> edit.Statement | None:
         return None
     if attr in ("config", "gradient_checkpointing", "padding_idx") and attr != "padding_idx":
         return None
-    if facts.rotary and edit.is_call(value, facts.rotary.cls):
+    made = value.body if isinstance(value, cst.IfExp) else value
+    if facts.rotary and edit.is_call(made, facts.rotary.cls):
         return None
     if attr == facts.layers_attr:
         return _layers(work, node, value)
@@ -262,11 +263,13 @@ def _layers(work: Work, node: edit.Statement, value: cst.BaseExpression) -> edit
             f"{work.facts.model}: cannot tell how many layers there are.",
             work.line_of(f"self.{work.facts.layers_attr} ="),
         )
-    index = edit.code(comprehension.for_in.target)
-    kept = [a for a in comprehension.elt.args if edit.code(a.value) != index]
-    arguments = [edit.flat(a.with_changes(comma=cst.MaybeSentinel.DEFAULT)) for a in kept]
-    arguments += layer_list.more_arguments(work)
-    made = "get_layer" if chosen else f"lambda prefix: {name}({', '.join(arguments)})"
+    made = "get_layer"
+    if not chosen:
+        index = edit.code(comprehension.for_in.target)
+        kept = [a for a in comprehension.elt.args if edit.code(a.value) != index]
+        arguments = [edit.flat(a.with_changes(comma=cst.MaybeSentinel.DEFAULT)) for a in kept]
+        arguments += layer_list.more_arguments(work)
+        made = f"lambda prefix: {name}({', '.join(arguments)})"
     attr = work.facts.layers_attr
     return edit.statement(f"""
 self.start_layer, self.end_layer, self.{attr} = make_layers(

@@ -71,16 +71,18 @@ def _module_list(node: edit.Statement, name: str) -> bool:
 
 def chooser(work: Work, node: edit.Statement) -> list[edit.Statement]:
     """`def get_layer(prefix)`, if the layers' class or arguments depend on the layer's number."""
-    parts = _comprehension(work, node)
-    if parts is None:
+    found = _comprehension(work, node)
+    if found is None:
         return []
-    made, index, arguments = parts
-    function = edit.code(made.func)
+    element, index = found
     lines = [f"{index} = extract_layer_index(prefix)"]
-    if not isinstance(made.func, cst.Name):
-        lines.append(f"layer_class = {function}")
-        function = "layer_class"
-    lines.append(f"return {function}({', '.join([*arguments, *more_arguments(work)])})")
+    while isinstance(element, cst.IfExp):
+        lines += [f"if {edit.flat(element.test)}:", f"    {_return(work, element.body, index)}"]
+        element = element.orelse
+    if not isinstance(element.func, cst.Name):
+        lines.append(f"layer_class = {edit.code(element.func)}")
+        element = element.with_changes(func=cst.Name("layer_class"))
+    lines.append(_return(work, element, index))
     text = "def get_layer(prefix: str) -> nn.Module:\n    " + "\n    ".join(lines)
     return [edit.blank_before(edit.function(text))]
 
@@ -91,21 +93,39 @@ def more_arguments(work: Work) -> list[str]:
     return [*model_config, "cache_config=cache_config", "prefix=prefix"]
 
 
-def _comprehension(work: Work, node: edit.Statement) -> tuple[cst.Call, str, list[str]] | None:
-    """(call, name of the number, arguments other than the number) if a function is needed."""
-    pair = edit.assigned_attribute(node)
-    if pair is None or pair[0] != work.facts.layers_attr:
-        return None
-    found = edit.find(pair[1], lambda n: isinstance(n, cst.ListComp | cst.GeneratorExp))
-    if len(found) != 1 or not isinstance(found[0].elt, cst.Call):
-        return None
-    made, index = found[0].elt, edit.code(found[0].for_in.target)
-    kept = [
+def _return(work: Work, made: cst.Call, index: str) -> str:
+    arguments = [
         edit.flat(a.with_changes(comma=cst.MaybeSentinel.DEFAULT))
         for a in made.args
         if edit.code(a.value) != index
     ]
-    numbered = index in edit.names_read(made.func) or any(
-        index in edit.names_read(a.value) for a in made.args if edit.code(a.value) != index
+    more = more_arguments(work)
+    if isinstance(made.func, cst.Name) and work.has(made.func.value):
+        init = edit.method(work.cls(made.func.value), "__init__")
+        if "model_config" not in edit.parameters(init):
+            more = [m for m in more if not m.startswith("model_config=")]
+    return f"return {edit.code(made.func)}({', '.join([*arguments, *more])})"
+
+
+def _comprehension(work: Work, node: edit.Statement) -> tuple[cst.BaseExpression, str] | None:
+    """(what is made for each number, name of the number) if it takes a function to make it."""
+    pair = edit.assigned_attribute(node)
+    if pair is None or pair[0] != work.facts.layers_attr:
+        return None
+    found = edit.find(pair[1], lambda n: isinstance(n, cst.ListComp | cst.GeneratorExp))
+    if len(found) != 1:
+        return None
+    element, index = found[0].elt, edit.code(found[0].for_in.target)
+    if isinstance(element, cst.IfExp):
+        inner: cst.BaseExpression = element
+        while isinstance(inner, cst.IfExp):
+            if not isinstance(inner.body, cst.Call):
+                return None
+            inner = inner.orelse
+        return (element, index) if isinstance(inner, cst.Call) else None
+    if not isinstance(element, cst.Call):
+        return None
+    numbered = index in edit.names_read(element.func) or any(
+        index in edit.names_read(a.value) for a in element.args if edit.code(a.value) != index
     )
-    return (made, index, kept) if numbered else None
+    return (element, index) if numbered else None

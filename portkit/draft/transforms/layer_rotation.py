@@ -1,15 +1,19 @@
 """Step forward: a base of the rotary embedding for each layer, and layers that do not rotate.
 
 The original may make one rotary embedding per base, and hand each layer the angles of its own, or
-None. vLLM's layers each ask get_rope for theirs (it keeps one table for equal parameters).
+None. vLLM's layers each ask get_rope for theirs (it keeps one table for equal parameters). Or the
+config decides whether there is a rotary embedding at all, and each attention skips a rotation by
+None; then each layer decides the same by the same condition.
 """
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass
 
 import libcst as cst
 
+from portkit.analysis.classes import call_name, view_module
 from portkit.draft import edit
 from portkit.draft.blocker import Blocker
 from portkit.draft.work import Work
@@ -47,6 +51,71 @@ class LayerRotation:
         first = edit.blank_before(edit.comment_before(first, "Zero: this layer does not rotate."))
         comments = [line for line in made.leading_lines if line.comment is not None]
         return [first, new.with_changes(leading_lines=comments)]
+
+
+@dataclass(frozen=True)
+class RotationIf:
+    """The config decides which layers rotate."""
+
+    condition: str
+    """Over `config` and `layer_idx`: where the model makes its rotary class, and what its loop
+    hands to the layers."""
+
+    def apply(self, init: tuple[edit.Statement, ...]) -> list[edit.Statement]:
+        """self.rotary_emb = get_rope(...) if condition else None."""
+        new: list[edit.Statement] = []
+        for node in init:
+            pair = edit.assigned_attribute(node)
+            if pair is None or pair[0] != "rotary_emb":
+                new.append(node)
+                continue
+            made = edit.statement(
+                f"self.rotary_emb = (\n    {edit.flat(pair[1])}\n"
+                f"    if {self.condition}\n    else None\n)"
+            )
+            new.append(made.with_changes(leading_lines=node.leading_lines))
+        return new
+
+
+def rotation_of(work: Work) -> LayerRotation | RotationIf | None:
+    """What decides how, and whether, a layer rotates; None: all layers do, by one base."""
+    return layer_rotation(work) or _rotation_if(work)
+
+
+def _rotation_if(work: Work) -> RotationIf | None:
+    """Rotary(config) if A else None; `angles if B else None` in the loop -> A and B."""
+    facts = work.facts
+    if facts.rotary is None or not facts.rotary.cls:
+        return None
+    view = view_module(work.module.code).classes[facts.model]
+    made = [a for a in view.assigned if call_name(a.value) == facts.rotary.cls]
+    conditions = [a.condition.replace("self.config", "config") for a in made if a.condition]
+    cls = work.cls(facts.model)
+    for loop in edit.find(edit.method(cls, "forward"), lambda n: isinstance(n, cst.For)):
+        conditions += _handed_if(loop)
+    names = {n.id for c in conditions for n in ast.walk(ast.parse(c)) if isinstance(n, ast.Name)}
+    if not conditions or not names <= {"config", "getattr", "hasattr", "layer_idx"}:
+        return None
+    return RotationIf(" and ".join(dict.fromkeys(conditions)))
+
+
+def _handed_if(loop: cst.For) -> list[str]:
+    """The condition in `position_embeddings=angles if self.config.types[i] == "x" else None`."""
+    if not isinstance(loop.target, cst.Tuple):
+        return []
+    index = edit.code(loop.target.elements[0].value)
+    bound = {
+        edit.code(p[0]): p[1] for n in edit.body_of(loop) if (p := edit.assigned(n)) is not None
+    }
+    found = []
+    for given in edit.find(loop.body, lambda n: isinstance(n, cst.Arg)):
+        if given.keyword is None or given.keyword.value != "position_embeddings":
+            continue
+        value = bound.get(edit.code(given.value), given.value)
+        if isinstance(value, cst.IfExp) and edit.code(value.orelse) == "None":
+            test = edit.flat(value.test).replace("self.config", "config")
+            found.append(test.replace(f"[{index}]", "[layer_idx]"))
+    return found
 
 
 def layer_rotation(work: Work) -> LayerRotation | None:

@@ -90,7 +90,9 @@ def port_model(work: Work) -> None:
             body.append(pass_argument(node, call[0], "quant_config=quant_config") if call else node)
         elif isinstance(node, cst.FunctionDef):
             calls = edit.find(node, lambda n: edit.is_call(n) and "cache_config=" in edit.code(n))
-            body.append(pass_argument(node, calls[-1], "quant_config=quant_config"))
+            for call in calls:
+                node = pass_argument(node, call, "quant_config=quant_config")
+            body.append(node)
         else:
             body.append(node)
     body.append(

@@ -31,16 +31,16 @@ ORDER = (
     "impossible_ranks",
     "rehearsal_tp4",
     "rehearsal_pp2",
-    "quantised_run",
     "lora",
+    "quantised_run",
     "bad_checkpoints",
     "load_memory",
 )
 SLOW = (
     "rehearsal_tp4",
     "rehearsal_pp2",
-    "quantised_run",
     "lora",
+    "quantised_run",
     "bad_checkpoints",
     "load_memory",
     "impossible_ranks",

@@ -2,11 +2,10 @@
 
 args: "loader", "portkit" (default) or "port".
 value: layers (what an adapter of all linears adapts, by path), effect (how far the random adapter
-moves Transformers' log-probabilities), tolerance, zero and all (cases: name, max_abs, ok), ignored
-(names of the adapter that reach no layer of the port), parts (only if `all` differs: per layer
-name, an adapter of that alone: ours, theirs, distance, error, like: another layer name whose
-change the port made instead); "nothing" with a reason instead, if there is no linear to adapt or
-the class takes no adapters.
+moves Transformers' log-probabilities), tolerance, zero and all (error, max_abs, ok), parts (only if
+`all` differs: per layer name, an adapter of that alone: ours, theirs, max_abs, error, like: another
+layer name whose change the port made instead); "nothing" with a reason instead, if there is no
+linear to adapt or the class takes no adapters.
 """
 
 from __future__ import annotations
@@ -87,13 +86,10 @@ class _Comparison:
             "effect": _distance(theirs, self.plain),
             "tolerance": [self.limit.value, self.limit.reason],
             "zero": self._judged(zero, self.plain),
-            "ignored": [],
             "parts": [],
         }
-        ours = self._with(adapter)
-        value["all"] = self._judged(ours, theirs)
-        value["ignored"] = self._ignored(next(self.numbers) - 1)
-        if not value["all"]["ok"] or value["ignored"]:
+        value["all"] = self._judged(self._with(adapter), theirs)
+        if not value["all"]["ok"]:
             say("finding the layers whose adapter goes astray")
             value["parts"] = self._parts(paths)
         return value
@@ -120,12 +116,6 @@ class _Comparison:
             return {"error": ours, "max_abs": float("inf"), "ok": False}
         distance = _distance(ours, theirs)
         return {"error": "", "max_abs": distance, "ok": distance <= self.limit.value}
-
-    def _ignored(self, number: int) -> list[str]:
-        """Return the names of an adapter that vLLM took in and gave to no layer."""
-        manager = self.engine.runner.lora_manager._adapter_manager
-        adapter = manager.get_adapter(number)
-        return sorted(set(adapter.loras) - set(manager.modules)) if adapter else []
 
     def _parts(self, paths: Sequence[str]) -> list[dict[str, Any]]:
         names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))

@@ -374,8 +374,8 @@ CHECKS = (
     RehearsalTp4,
     RehearsalPp2,
     ImpossibleRanks,
-    QuantisedRun,
     LoraAdapters,
+    QuantisedRun,
 )
 
 

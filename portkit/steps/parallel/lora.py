@@ -112,7 +112,7 @@ class LoraAdapters(Check):
             f"Compare {MAPPING} with the parts of the layer that {name} is fused into, and its "
             "order with that of the output's split."
         )
-        causes = CAUSES
+        causes, where = CAUSES, ""
         if "expected target modules" in first["error"]:
             what = f"vLLM refuses an adapter of {name}: it knows no layer of that name."
             causes = (f"{MAPPING} does not name {name} as a part of a fused layer", *CAUSES[1:])
@@ -121,8 +121,15 @@ class LoraAdapters(Check):
         elif first["like"]:
             what = f"The port applies {name}'s adapter to {first['like']}."
             causes = (f"{MAPPING} lists {name} in the place of {first['like']}", *CAUSES[1:])
+        elif ignored and self._made(context, first):
+            what = f"vLLM ignores an adapter of {name}: that layer of the port takes none."
+            causes = (
+                f"{MAPPING} does not name {name}: a layer that is fused in the checkpoint already "
+                f'needs "{name}": ["{name}"]',
+            )
         elif ignored:
             what = f"An adapter of {name} reaches no layer of the port: vLLM ignores it."
+            where = line_of_loading(context.port)
             causes = (CAUSES[1], CAUSES[0])
             next = (
                 "Adapters go by the names of Transformers' modules: put the renaming into "
@@ -142,7 +149,7 @@ class LoraAdapters(Check):
         return self.failed(
             what + (f" As wrong: {others}." if others else ""),
             *tables,
-            where=line_of_loading(context.port) if ignored else self._place(context, first),
+            where=where or self._place(context, first),
             next=next,
             causes=causes,
             job=job,
@@ -156,10 +163,13 @@ class LoraAdapters(Check):
         for number in range(begin, min(begin + 12, len(lines) + 1)) if begin else ():
             if re.search(rf"[\"']{name}[\"']", lines[number - 1]):
                 return place(port, number)
+        return place(port, begin or self._made(context, row))
+
+    def _made(self, context: CheckContext, row: dict[str, Any]) -> int:
+        """Return the line that makes the layer of that path, 0 if the port has none."""
         layout = gather(context, self.id, "layout")
         rows = layout.value["modules"] if layout.ok else []
-        made = next((m["line"] for m in rows if m["path"].rpartition(".")[2] == name), 0)
-        return place(port, made or begin)
+        return next((m["line"] for m in rows if m["path"] == row["path"]), 0)
 
 
 def _loaded_right(found: dict[str, Any]) -> bool:

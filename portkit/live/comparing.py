@@ -11,7 +11,7 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
 from portkit.live.fused import fused_parts
 from portkit.live.trace import Captures
-from portkit.live.walk import Divergence, paired
+from portkit.live.walk import Divergence, fuses, paired
 
 NEAR = 1e-4
 """Relative to the largest value: how near float32 leaves two ways to compute the same."""
@@ -58,6 +58,26 @@ class Evidence:
                 )
                 return path
         return ""
+
+    def _other_rows(self) -> None:
+        """Say so if the tensor holds other rows of a fused projection than the original's.
+
+        Told at position 0, which no rotary embedding turns.
+        """
+        prefix = f"{self.at.path}."
+        for path, module in self.port.named_modules():
+            whole = self.theirs.values.get((path, "out"))
+            if not path.startswith(prefix) or whole is None or not fuses(module):
+                continue
+            ours, target = self._ours()[:1], self.theirs.values[self.at.path, self.at.role][:1]
+            nearest = (ours.reshape(-1, 1) - whole[:1]).abs().amin(dim=1)
+            inside = bool(nearest.max() <= NEAR * float(whole[0].abs().max()))
+            if inside and not self._near(ours, target):
+                self.found.append(
+                    f"The {self.at.role} of the attention are other rows of {path} than in the "
+                    "original: the checkpoint keeps q, k and v in another order in it (one after "
+                    "the other, or interleaved by head) than loading and split take them in."
+                )
 
     def _scaled(self, what: str) -> None:
         ours, theirs = self._ours(), self.theirs.values[self.at.path, self.at.role]

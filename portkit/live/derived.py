@@ -6,6 +6,7 @@ Only config.json and the shards that change are written; the others are linked.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
+from portkit.analysis.conversion import Renaming, conversions_of
 from portkit.live.checkpoint import INDEX, Checkpoint, TensorInfo
 from portkit.live.loader import read_tensors
 
@@ -32,7 +34,7 @@ class Head:
 
 
 def head_of(cls: type, checkpoint: Checkpoint) -> Head | None:
-    """Return the names of the original's embedding and head; None if it cannot tie them."""
+    """Return the checkpoint's names of embedding and head; None if the original cannot tie them."""
     config = AutoConfig.from_pretrained(str(checkpoint.root), local_files_only=True)
     if not hasattr(config, "tie_word_embeddings"):
         return None
@@ -43,7 +45,17 @@ def head_of(cls: type, checkpoint: Checkpoint) -> Head | None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or head is None or embedding.weight.shape != head.weight.shape:
         return None
-    return Head(names[id(embedding.weight)], names[id(head.weight)])
+    stored = {_renamed(cls.__name__, name): name for name in checkpoint.names}
+    own, other = (names[id(m.weight)] for m in (embedding, head))
+    return Head(stored.get(own, own), stored.get(other, other))
+
+
+def _renamed(architecture: str, name: str) -> str:
+    """Return what Transformers' model calls a tensor of the checkpoint."""
+    for conversion in conversions_of(architecture):
+        if isinstance(conversion, Renaming):
+            name = re.sub(conversion.source, conversion.target, name)
+    return name
 
 
 def tensors_for(checkpoint: Checkpoint, head: Head, tied: bool) -> tuple[TensorInfo, ...]:

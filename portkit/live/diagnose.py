@@ -44,8 +44,10 @@ class Diagnosis(Evidence):
         elif at.kind == "logits":
             self._logits()
         elif at.role in "qk":
+            self._other_rows()
             self._rotary()
         elif at.role == "v":
+            self._other_rows()
             self._matches()
             self.possible.append(
                 "q, k and v are split in another order, or with other sizes, than they were "

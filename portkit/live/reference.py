@@ -149,7 +149,7 @@ def original_class(port: Port) -> type:
 
 def load_model(cls: type, checkpoint: Checkpoint, device: str = "cpu") -> nn.Module:
     """Load a Transformers class on a checkpoint: float32, eager attention, eval mode."""
-    _same_names(checkpoint)
+    _same_names(cls, checkpoint)
     model, info = cls.from_pretrained(
         str(checkpoint.root),
         dtype=torch.float32,
@@ -178,20 +178,20 @@ def load_model(cls: type, checkpoint: Checkpoint, device: str = "cpu") -> nn.Mod
     return model.to(device).eval()
 
 
-def _same_names(checkpoint: Checkpoint) -> None:
+def _same_names(cls: type, checkpoint: Checkpoint) -> None:
     """Let a copied class be loaded by the conversions (stacked experts) of the original.
 
     Transformers applies its table of checkpoint names to classes of its own only, unless they are
-    registered.
+    registered. Its keys are model types and names of classes.
     """
-    kind = str(checkpoint.config.get("model_type", ""))
     try:
         from transformers import conversion_mapping as table
     except ImportError:  # an older Transformers has no such table, and needs none
         return
-    found = table.get_checkpoint_conversion_mapping(kind)
-    if found:
-        table.register_checkpoint_conversion_mapping(kind, found, overwrite=True)
+    for key in (str(checkpoint.config.get("model_type", "")), cls.__name__):
+        found = table.get_checkpoint_conversion_mapping(key)
+        if found:
+            table.register_checkpoint_conversion_mapping(key, found, overwrite=True)
 
 
 def _class_in_file(port: Port, path: Path) -> type:

@@ -180,3 +180,9 @@ def test_the_class_of_a_layer_chosen_in_the_comprehension() -> None:
     made = source[start : source.index("make_layers(", start)]
     assert 'if config.layer_types[layer_idx] == "linear_attention":' in made
     assert made.count("quant_config=quant_config") == 2
+
+
+def test_a_convolution_that_the_checkpoint_has_in_parts() -> None:
+    text = weights("olmo_hybrid")
+    assert '".linear_attn.k_conv1d.": (".linear_attn.conv1d.", 1)' in text
+    assert "parameter, weight, weight.shard_id" in text

@@ -55,6 +55,8 @@ class RecurrentFacts:
     """(name, source text) of sizes that vLLM's class reads from the config by itself."""
     stacked: tuple[tuple[str, str, int | tuple[int, ...]], ...] = ()
     """(linear in the checkpoint, linear of vLLM's class that holds it, its place there)."""
+    given_shards: tuple[str, ...] = ()
+    """Submodules whose loader in vLLM wants the place as an argument, not on the tensor."""
     why: str = ""
     start: str = ""
     """The vLLM class a person would start from when the draft cannot."""

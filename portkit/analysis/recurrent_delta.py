@@ -34,6 +34,10 @@ _LAYOUTS: dict[frozenset[str], tuple[str, tuple[tuple[str, str, int | tuple[int,
             ("k_proj", "in_proj_qkvg", 1),
             ("v_proj", "in_proj_qkvg", 2),
             ("g_proj", "in_proj_qkvg", 3),
+            # One convolution in Transformers, too; three in the checkpoint.
+            ("q_conv1d", "conv1d", 0),
+            ("k_conv1d", "conv1d", 1),
+            ("v_conv1d", "conv1d", 2),
         ),
     ),
 }
@@ -75,6 +79,7 @@ def read_delta_net(reader: Reader, view: ClassView) -> RecurrentFacts:
     return RecurrentFacts(
         view.name, view.line, "delta_net", "" if why else layer, tuple(arguments), why=why,
         sizes=_SIZES, stacked=stacked,
+        given_shards=("conv1d",) if layer == _SEPARATE else (),
         start="QwenGatedDeltaNetAttention (layers/mamba/gdn/qwen_gdn_linear_attn.py)",
     )  # fmt: skip
 

@@ -115,7 +115,21 @@ def construct(
         )
     if mixer.channel_scale:
         body += _channel_scale(mixer)
+    for name in mixer.given_shards:
+        body += _given_shards(f"self.{attr}.{name}.weight", name)
     return body
+
+
+def _given_shards(parameter: str, name: str) -> list[edit.Statement]:
+    """The mapper's place for a tensor, handed to a loader that does not look for it there."""
+    first, *rest = edit.statements(
+        f"{name} = {parameter}\n"
+        f"load_{name} = {name}.weight_loader\n"
+        f"{name}.weight_loader = lambda parameter, weight: load_{name}(\n"
+        "    parameter, weight, weight.shard_id\n)"
+    )
+    note = "WeightsMapper leaves the part's place on the tensor; this loader wants it as argument."
+    return [edit.comment_before(first, note), *rest]
 
 
 def _channel_scale(mixer: RecurrentFacts) -> list[edit.Statement]:

@@ -10,15 +10,23 @@ from portkit.draft.blocker import Blocker
 EXPERTS = "FusedMoEFactory"
 
 
-def renames(architecture: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+def renames(
+    architecture: str, mapped: str = ""
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """(plain renames, renames by regular expression) from the checkpoint's names to the model's.
 
-    Blocker for a conversion that changes values: a port has to do that in `load_weights` itself.
+    `mapped`: source of the mapper that the class has; tensors that it loads as shards of one
+    parameter need no concatenation. Blocker for any other conversion that changes values: a port
+    has to do that in `load_weights` itself.
     """
     plain: list[tuple[str, str]] = []
     patterns: list[tuple[str, str]] = []
     for conversion in conversions_of(architecture):
         if isinstance(conversion, Merge):
+            names = [s.removesuffix(".weight") for s in conversion.sources]
+            shards = conversion.operations == ("Concatenate",)
+            if shards and all(f'".{name}."' in mapped for name in names):
+                continue
             if not conversion.stacks_experts:
                 raise Blocker(
                     f"Transformers makes {conversion.target} of {', '.join(conversion.sources)} by "

@@ -20,6 +20,7 @@ import torch
 import transformers
 from transformers import AutoConfig
 
+from portkit.analysis.conversion import Merge, conversions_of
 from portkit.errors import PortkitError
 from portkit.live.job import JobRequest
 
@@ -230,7 +231,7 @@ def _hard_values(default: Any, fields: dict[str, Any], rotated_part: int) -> dic
     """Return the fields' values that make mistakes show: known names first, then kinds of names."""
     hard = _multipliers(fields)
     hard |= {k: v for k, v in HARD.items() if k in fields}
-    hard |= _windows(fields) | _hybrid(default, fields) | _older(fields)
+    hard |= _windows(fields) | _hybrid(default, fields) | _older(fields) | _equal_parts(default)
     if "kv_lora_rank" in fields:  # latent attention: every head has its key, a part of it rotated
         hard["head_dim"] = rotated_part
         hard.pop("num_key_value_heads", None)
@@ -259,6 +260,21 @@ def _hybrid(default: Any, fields: dict[str, Any]) -> dict[str, Any]:
         return {"attn_layer_indices": [1]}
     mixed = ["linear_attention", "full_attention", "linear_attention"]
     return {name: mixed for name in ("layer_types", "layers_block_type") if name in fields}
+
+
+def _equal_parts(default: Any) -> dict[str, Any]:
+    """Make keys as wide as values where the checkpoint has the convolution in parts.
+
+    Transformers cuts what it had concatenated into equal parts when it saves.
+    """
+    concatenated = [
+        c
+        for c in conversions_of(default.model_type)
+        if isinstance(c, Merge) and c.operations == ("Concatenate",)
+    ]
+    if any("conv1d" in c.target for c in concatenated):
+        return {"linear_num_key_heads": SIZES["linear_num_value_heads"]}
+    return {}
 
 
 def _older(fields: dict[str, Any]) -> dict[str, Any]:

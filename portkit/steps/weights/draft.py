@@ -54,13 +54,13 @@ def draft_source(source: str, architecture: str) -> Work:
         )
     cls = work.cls(facts.causal_lm)
     stacked = stacked_mapping(work)
-    plain, patterns = renames(architecture)
+    old = next((m for m in edit.members(cls) if _mapper(m) is not None), None)
+    plain, patterns = renames(architecture, edit.code(old) if old is not None else "")
     mapper = ""
     if stacked or plain or patterns:
         made = edit.statement(_made_mapper(stacked, plain, patterns))
         members = edit.members(cls)
         at = 1 if members and edit.is_docstring(members[0]) else 0
-        old = next((m for m in members if _mapper(m) is not None), None)
         if old is None:
             cls = set_members(cls, [*members[:at], made, *members[at:]])
         else:

@@ -186,3 +186,12 @@ def test_a_convolution_that_the_checkpoint_has_in_parts() -> None:
     text = weights("olmo_hybrid")
     assert '".linear_attn.k_conv1d.": (".linear_attn.conv1d.", 1)' in text
     assert "parameter, weight, weight.shard_id" in text
+
+
+def test_a_router_of_a_linear_and_a_method() -> None:
+    text = weights("jamba")
+    assert "self.router = GateLinear(" in text
+    assert "JambaSparseMoeBlockRouter" not in text  # only a step on the way to vLLM's rule
+    assert "renormalize=False" in text
+    # The layers' classes stand in a table: one call makes them all.
+    assert text.count("model_config: ModelConfig | None = None") == 2

@@ -26,6 +26,7 @@ from portkit.draft.serving.constructors import (
 from portkit.draft.serving.linears import plain_linears
 from portkit.draft.serving.parameters import drop_unread_parameters, read_config_instead
 from portkit.draft.serving.residuals import call_autograd_functions, hoist_residuals
+from portkit.draft.serving.router_methods import router_classes
 from portkit.draft.serving.same_arguments import merge_same_arguments
 from portkit.draft.serving.specialise import Specialised, specialise
 from portkit.draft.serving.tokens import first_output, flat_tokens, free_the_name
@@ -52,6 +53,7 @@ def normal_form(module: cst.Module, architecture: str) -> NormalForm:
     module = read_layer_index(name_layer_index(module))
     if "autograd.Function" in source:
         module = call_autograd_functions(module)
+    module = router_classes(module)
     if "nn.Sequential(" in source:
         module = _with_sequences(module)
     module, transposed = plain_linears(read_config_instead(module))

@@ -67,13 +67,21 @@ def _port_layer(
         lambda n: recurrent.construct(work, _construct(n, made, work), mixers),
     )
     signature = attention_signature(init)
-    if mixers:
+    if mixers or _shares_arguments(work, facts):
         signature = recurrent.with_model_config(signature)
     cls = rewrite_init(cls, signature, init_body, _layer_index(init, init_body))
     work.put(plain_module(cls))
     work.did.append(
         f"{facts.cls}: takes positions and returns one tensor; the residual adds are the author's."
     )
+
+
+def _shares_arguments(work: Work, facts: LayerFacts) -> bool:
+    """Is the class chosen from a table, by a call that is the same for layers with a state?"""
+    if not work.facts.recurrent:
+        return False
+    init = edit.method(work.cls(work.facts.model), "__init__")
+    return facts in work.facts.layers and facts.cls not in edit.names_read(init)
 
 
 def port_mlp(work: Work, name: str) -> None:

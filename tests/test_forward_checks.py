@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from portkit.checks.base import CheckContext
 from portkit.checks.verdict import Verdict
@@ -191,6 +193,13 @@ SEEDS = {
         (),
         ("no class HeliumForCausalLM", "HeliumCausalLM"),
     ),
+    "the config's number as a constant": Seed(
+        "config.rms_norm_eps",
+        "0.01",
+        "config_fields",
+        (*ONLY_LATER, "chunked_prefill", "decode_parity", "inputs_embeds", "used_parameters"),
+        ("never reads config.rms_norm_eps (0.01 here)", "class HeliumDecoderLayer", "constant"),
+    ),
 }
 
 
@@ -218,6 +227,28 @@ def test_a_correct_port_passes_every_check(port: Port) -> None:
     assert "6 requests of different lengths in one step" in verdicts["ragged_batch"].what
     assert "Position 507 of 512" in verdicts["far_positions"].what
     assert all(v.device and v.tables for v in verdicts.values())
+
+
+def test_a_weight_that_the_checkpoint_hides_is_missed(port: Port) -> None:
+    """A norm without its weight is right as long as the weight is all ones."""
+    shard = max(port.checkpoint.glob("*.safetensors"))
+    tensors = load_file(shard)
+    whole = tensors["model.norm.weight"]
+    try:
+        save_file({**tensors, "model.norm.weight": torch.ones_like(whole)}, shard)
+        verdicts = judge(
+            port,
+            GOLDEN.replace(
+                "return self.norm(hidden_states)",
+                "return nn.functional.rms_norm(hidden_states, hidden_states.shape[1:], eps=0.01)",
+            ),
+        )
+    finally:
+        save_file(tensors, shard)
+    assert verdicts["prefill_parity"].status == "passed"
+    missed = verdicts["used_parameters"]
+    assert missed.status == "failed" and missed.what.startswith("model.norm.weight is loaded")
+    assert "self.norm = RMSNorm(" in missed.where
 
 
 @pytest.mark.parametrize("name", SEEDS)

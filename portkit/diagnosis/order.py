@@ -24,6 +24,8 @@ ORDER = (
     "ragged_batch",
     "far_positions",
     "inputs_embeds",
+    "used_parameters",
+    "config_fields",
     "tied_head",
     "layer_classes",
     "prefixes",

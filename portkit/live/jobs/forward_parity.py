@@ -25,16 +25,18 @@ from portkit.live.prompts import CELLS, Prompts, noise_prompt, prompts_for, rand
 from portkit.live.reference import Reference
 from portkit.port import Port
 
-STAGES = ("prefill", "chunked", "decode", "ragged", "far", "embeds")
+STAGES = ("prefill", "chunked", "decode", "ragged", "far", "embeds", "influence")
 DECODED = 8
 """Tokens that the decode stage generates for each prompt."""
+TRIED = 17
+"""Tokens of the prompt on which every parameter is changed in turn."""
 
 
 def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     """Return {"starts": ..., and for each of STAGES its evidence}; see `_Evidence`.
 
     `request.args`: "loader", "portkit" (default) or "port"; "trace": False leaves the search for
-    the diverging module out; "stages": only these.
+    the diverging module and for parameters of no influence out; "stages": only these.
     """
     port = Port(Path(request.port_root))
     say("starting vLLM on the port")
@@ -81,10 +83,17 @@ class _Evidence:
         if value["starts"].get("error"):
             return value
         for stage in stages:
+            if stage == "influence" and not self._worth_it(value):
+                continue
             self.say(f"running: {stage}")
             value[stage] = self._guarded(getattr(self, f"_{stage}"))
         value["texts"] = self._texts(value)
         return value
+
+    def _worth_it(self, value: dict[str, Any]) -> bool:
+        """Whether to look for parameters of no influence: parity has found nothing simpler."""
+        cases = value.get("prefill", {}).get("cases", ())
+        return self.trace and all(case["ok"] for case in cases)
 
     def _guarded(self, stage: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Run a stage; an exception in the port becomes {"error": {what, where, next, log}}."""
@@ -302,6 +311,13 @@ class _Evidence:
             handle.remove()
         used = sum(1 for without_ids, with_embeds in seen if without_ids and with_embeds)
         return {**self._judged(cases, steps), "calls": len(seen), "calls_with_embeds": used}
+
+    def _influence(self) -> dict[str, Any]:
+        """What no comparison shows if the checkpoint's values hide it."""
+        from portkit.live.influence import influence
+
+        ids = max(self.prompts.short, key=len)[:TRIED]
+        return {"cases": [], **influence(self.engine, self.reference.model, ids)}
 
     # ---- comparing ------------------------------------------------------------------------------
 

@@ -7,7 +7,9 @@ from typing import Any
 from portkit.checks.base import Check, CheckContext
 from portkit.checks.verdict import Table, Verdict
 from portkit.live.job import JobResult
+from portkit.steps.forward.config_fields import ConfigFields
 from portkit.steps.forward.parity import STEP, Parity, evidence
+from portkit.steps.forward.used_parameters import UsedParameters
 
 
 class Interface(Check):
@@ -369,4 +371,6 @@ CHECKS: tuple[type[Check], ...] = (
     RaggedBatch,
     FarPositions,
     InputsEmbeds,
+    UsedParameters,
+    ConfigFields,
 )

@@ -74,6 +74,9 @@ def test_mixers_are_known_by_what_they_hold(
         ("recurrent_gemma", "RG-LRU"),
         ("minimax", "linear attention with decay"),
         ("zamba2", "sharing modules between them"),
+        ("zamba", "each of its heads has x_proj"),
+        ("xlstm", "xLSTMLayer is matrix-memory LSTM (mLSTM): vLLM has no such layer"),
+        ("blt", "BltModel runs several stacks of layers on each other's output"),
     ],
 )
 def test_what_vllm_has_no_layer_for_is_named_with_its_line(model: str, words: str) -> None:

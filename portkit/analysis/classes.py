@@ -111,7 +111,7 @@ def view_module(source: str) -> ModuleView:
     imported: dict[str, str] = {}
     for item in tree.body:
         if isinstance(item, ast.ClassDef):
-            classes[item.name] = _view_class(item)
+            classes[item.name] = view_class(item)
         elif isinstance(item, ast.FunctionDef):
             functions[item.name] = item
     for item in ast.walk(tree):
@@ -123,7 +123,8 @@ def view_module(source: str) -> ModuleView:
     return ModuleView(tree, classes, functions, imported)
 
 
-def _view_class(node: ast.ClassDef) -> ClassView:
+def view_class(node: ast.ClassDef) -> ClassView:
+    """One class, wherever in the file it stands."""
     init = next(
         (i for i in node.body if isinstance(i, ast.FunctionDef) and i.name == "__init__"), None
     )

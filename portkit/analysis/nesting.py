@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from portkit.analysis.classes import ClassView
+from portkit.analysis.classes import ClassView, ModuleView, call_name
 from portkit.analysis.read_blocks import is_attention, linears_of
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def path_to_layers(reader: Reader, lm: ClassView, depth: int = 3) -> list[Step]:
     """
     direct = reader.submodule(lm, lambda c: reader.layers_of(c) is not None)
     if direct is not None:
-        return [direct]
+        return [] if len(stacks_of(reader.module, lm)) > 1 else [direct]
     for item in lm.assigned if depth > 1 else ():
         held = reader.submodule(
             ClassView(lm.node, (item,), lm.local), lambda c: not linears_of(c) and c is not lm
@@ -30,6 +30,16 @@ def path_to_layers(reader: Reader, lm: ClassView, depth: int = 3) -> list[Step]:
         if held is not None and rest:
             return [held, *rest]
     return []
+
+
+def stacks_of(module: ModuleView, view: ClassView) -> list[Step]:
+    """Submodules that each hold a list of layers: one is a decoder, several run on each other."""
+    made = [(i.attr, module.classes.get(call_name(i.value))) for i in view.assigned]
+    return [
+        (attr, cls)
+        for attr, cls in made
+        if cls is not None and any(call_name(a.value).endswith("ModuleList") for a in cls.assigned)
+    ]
 
 
 def path_to_attention(reader: Reader, layer: ClassView) -> list[Step]:

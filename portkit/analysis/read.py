@@ -21,7 +21,13 @@ from portkit.analysis.moe import is_moe, read_moe
 from portkit.analysis.nesting import path_to_attention, path_to_layers
 from portkit.analysis.norms import formula_of, is_norm
 from portkit.analysis.read_blocks import linears_of, read_attention, read_mlp
-from portkit.analysis.recurrent import VLLM_LAYERS, RecurrentFacts, is_recurrent, read_recurrent
+from portkit.analysis.recurrent import (
+    VLLM_LAYERS,
+    RecurrentFacts,
+    is_recurrent,
+    kind_of,
+    read_recurrent,
+)
 from portkit.analysis.roles import missing_layers
 from portkit.analysis.rotary import layout_of
 from portkit.analysis.rotary_table import rotary_table_of
@@ -306,6 +312,10 @@ def _mlp_classes(
 
 def _recurrent(reader: Reader, views: list[ClassView]) -> tuple[RecurrentFacts, ...]:
     mixers = [m for v in views for made in reader.recurrent_of(v).values() for m in made]
+    if views and not mixers:
+        # Layers may be given their mixers as arguments: then no class of layer makes one.
+        kinds = ((v, kind_of(v)) for v in reader.module.classes.values())
+        mixers = [v for v, kind in kinds if kind not in (None, "convolution", "short_conv")]
     found: dict[str, RecurrentFacts] = {}
     for mixer in mixers:
         if isinstance(mixer, str):

@@ -167,7 +167,7 @@ def read_recurrent(reader: Reader, view: ClassView) -> RecurrentFacts:
         "short_conv": read_short_conv,
         "delta_net": read_delta_net,
     }.get(kind)
-    facts = reading(reader, view) if reading else _without_draft(view, kind)
+    facts = reading(reader, view) if reading else without_draft(view, kind)
     if facts.why:
         reader.cannot_tell("recurrent", facts.why, facts.line)
     return facts
@@ -182,7 +182,8 @@ _START: dict[Kind, str] = {
 }
 
 
-def _without_draft(view: ClassView, kind: Kind) -> RecurrentFacts:
+def without_draft(view: ClassView, kind: Kind) -> RecurrentFacts:
+    """A mixer of a kind that no draft knows: what it is, and where a person would start."""
     name = PLAIN[kind][0]
     have = (
         "vLLM has no such layer" if kind in ("rwkv", "rg_lru", "mlstm") else "no draft for it yet"

@@ -283,6 +283,11 @@ def read_mamba(reader: Reader, view: ClassView) -> RecurrentFacts:
 
 def _mamba(reader: Reader, view: ClassView) -> RecurrentFacts:
     sizes = Sizes(view)
+    if "x_proj_weight" in parameters_of(view):
+        raise _Strange(
+            "each of its heads has x_proj and dt_proj of its own (x_proj_weight), and MambaMixer "
+            "has one of each"
+        )
     found = _parts(view, {"in_proj", "x_proj", "dt_proj", "out_proj"})
     if "D" not in parameters_of(view):
         raise _Strange("it has no parameter D")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 
-from portkit.analysis.classes import ClassView, ModuleView, call_name, text
+from portkit.analysis.classes import ClassView, ModuleView, call_name, text, view_class
+from portkit.analysis.nesting import stacks_of
+from portkit.analysis.recurrent import kind_of, without_draft
 
 
 def missing_layers(module: ModuleView, lm: ClassView) -> tuple[str, int]:
@@ -13,6 +15,15 @@ def missing_layers(module: ModuleView, lm: ClassView) -> tuple[str, int]:
         model = module.classes.get(call_name(item.value))
         if model is None:
             continue
+        stacks = stacks_of(module, model)
+        if len({cls.name for _, cls in stacks}) > 1:
+            named = ", ".join(f"{attr}: {cls.name}" for attr, cls in stacks)
+            return (
+                f"{model.name} runs several stacks of layers on each other's output ({named}); "
+                "vLLM has one sequence of tokens and one list of layers, and a person would start "
+                "from CrossAttention (layers/attention/cross_attention.py) for what joins them",
+                model.line,
+            )
         for inner in model.assigned:
             name = call_name(inner.value)
             method = model.methods.get(name.removeprefix("self."))
@@ -26,6 +37,8 @@ def missing_layers(module: ModuleView, lm: ClassView) -> tuple[str, int]:
                 made = [call_name(n) for n in ast.walk(inner.value) if isinstance(n, ast.Call)]
                 unknown = next((n for n in made[1:] if n and "." not in n and n != "range"), "")
                 if unknown and unknown not in module.classes:
+                    if (nested := _nested_recurrence(module, unknown)) is not None:
+                        return nested
                     return (
                         f"{model.name} makes its layers of {unknown}, "
                         "which is no class at the top level of the file",
@@ -39,3 +52,25 @@ def missing_layers(module: ModuleView, lm: ClassView) -> tuple[str, int]:
                     inner.line,
                 )
     return f"no submodule of {lm.name} holds a list of decoder layers", lm.line
+
+
+def _nested_recurrence(module: ModuleView, layer: str) -> tuple[str, int] | None:
+    """What a layer class in a branch of an `if` keeps from token to token, if it does."""
+    top = {id(view.node) for view in module.classes.values()}
+    nested = [
+        view_class(n)
+        for n in ast.walk(module.tree)
+        if isinstance(n, ast.ClassDef) and id(n) not in top
+    ]
+    if layer not in {view.name for view in nested}:
+        return None
+    for view in nested:
+        kind = kind_of(view)
+        if kind is not None:
+            facts = without_draft(view, kind)
+            return (
+                f"{layer} stands in a branch of an `if`, and {facts.why}; a person would start "
+                f"from vLLM's {facts.start}",
+                view.line,
+            )
+    return None

@@ -102,6 +102,8 @@ SIZES: dict[str, int] = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 64,
     "linear_value_head_dim": 64,
+    "encoder_hash_byte_group_vocab": 512,
+    "hidden_size_global": 128,
     "conv_dim": 128,
     "block_dim": 128,
     # Hybrids by period: each of three layers is of another kind.
@@ -205,6 +207,7 @@ def _smallest_that_works(
         values = {
             **values,
             **_lists(default, {**fields, **hard}, sizes.get("num_hidden_layers", 3)),
+            **_stacks(default),
             **own,
         }
         for name in NO_TOKENS:
@@ -336,8 +339,21 @@ def _lists(default: Any, fields: dict[str, Any], layers: int) -> dict[str, Any]:
             kinds = list(dict.fromkeys(value))
             missing = [v for v in kinds if v not in value[:layers]]
             found[name] = [*value[: layers - len(missing)], *missing][:layers]
+            if found[name].count("hybrid") == 1:  # these share modules: one alone shares nothing
+                found[name] = [kinds[0], *["hybrid"] * (layers - 1)]
             if len(kinds) > layers and isinstance(value[0], str):
                 found |= {name: kinds, "num_hidden_layers": len(kinds)}
+    return found
+
+
+def _stacks(default: Any) -> dict[str, Any]:
+    """Sizes of the configs inside that describe a stack of layers each."""
+    found = {}
+    for name in getattr(default, "sub_configs", {}):
+        inner = getattr(default, name, None)
+        fields = inner.to_dict() if inner is not None else {}
+        if "num_hidden_layers" in fields:
+            found[name] = {k: v for k, v in SIZES.items() if isinstance(fields.get(k), int)}
     return found
 
 

@@ -175,6 +175,45 @@ SEEDS: dict[str, tuple[Edit, str, tuple[str, ...], tuple[str, ...]]] = {
         ),
         ("rehearsal_tp1", *LAYOUT),
     ),
+    "a bias added on each rank": (
+        edit(
+            'prefix=f"{prefix}.down_proj",',
+            'prefix=f"{prefix}.down_proj", reduce_results=False, skip_bias_add=True,',
+            "        x, _ = self.down_proj(x)\n        return x",
+            "        x, bias = self.down_proj(x)\n        return all_reduce(x + bias)",
+            "import get_pp_group, ",
+            "import tensor_model_parallel_all_reduce as all_reduce, get_pp_group, ",
+        ),
+        "rehearsal_tp2",
+        (
+            "layers.0.mlp: its output differs on every rank",
+            "down_proj.bias is added on each of the 2 ranks",
+            "self.down_proj = RowParallelLinear(",
+        ),
+        ("rehearsal_tp1",),
+    ),
+    "reduced twice": (
+        edit(
+            "        x, _ = self.down_proj(x)\n        return x",
+            "        x, _ = self.down_proj(x)\n        return all_reduce(x)",
+            "import get_pp_group, ",
+            "import tensor_model_parallel_all_reduce as all_reduce, get_pp_group, ",
+        ),
+        "rehearsal_tp2",
+        ("it is 2 times as large", "return all_reduce(x)"),
+        ("rehearsal_tp1",),
+    ),
+    "another rank's queries": (
+        edit(
+            "        q, k = self.rotary_emb(positions, q, k)",
+            "        heads = q.unflatten(-1, (self.num_heads, -1))\n"
+            "        q = heads.roll(int(self.qkv_proj.tp_rank > 0), 1).flatten(1)\n"
+            "        q, k = self.rotary_emb(positions, q, k)",
+        ),
+        "rehearsal_tp2",
+        ("queries of rank 1 are not its heads'", "self_attn", "self.qkv_proj = QKVParallelLinear("),
+        ("rehearsal_tp1",),
+    ),
     "q_size counts all heads": (
         edit(
             "self.q_size = self.num_heads * self.head_dim",

@@ -229,7 +229,7 @@ def _hook_port_module(
         return [module.register_forward_pre_hook(rotate, with_kwargs=True)]
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        keep((path, "out"), _main_tensor(module, output))
+        keep((path, "out"), main_tensor(module, output))
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         keep((path, "in"), _input(args, kwargs))
@@ -240,7 +240,7 @@ def _hook_port_module(
     return handles
 
 
-def _main_tensor(module: nn.Module, output: Any) -> Any:
+def main_tensor(module: nn.Module, output: Any) -> Any:
     """Return what a module computed: vLLM's linears add a bias to return, norms the residual."""
     if not isinstance(output, tuple):
         return output

@@ -3,7 +3,7 @@
 args: "ranks"; "stages", of a pipeline (default 1); "loader", "portkit" (default) or "port".
 value: how, ranks, stages, tolerance, cases (parity.Comparison), sizes (per rank), collectives (per
 rank: module -> call -> count, of one forward of one prompt), load (the portkit loader's report, one
-rank only), divergence (one rank only, if something differs).
+rank only), divergence (if something differs: the first module that does).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
         if ranks == 1:
             report = getattr(engine.model, "portkit_load_report", None)
             value["load"] = report.to_dict() if report else {}
-            value["divergence"] = diverges_at(engine, cases, prompts)
+        value["divergence"] = diverges_at(engine, cases, prompts)
     return value
 
 
@@ -93,10 +93,13 @@ def diverges_at(
     if not failed:
         return {}
     from portkit.live.divergence import first_divergence
+    from portkit.live.rank_divergence import first_on_ranks
 
     ids = min(failed, key=len)
     reference = Reference(engine.port, engine.checkpoint, device=engine.profile.device)
     try:
+        if engine.tensor_parallel_size > 1:
+            return first_on_ranks(engine, reference.model, ids)
         return first_divergence(engine, reference.model, [ids], 0, 1, ids)
     except Exception as error:  # The comparison stands; only its explanation is lacking.
         engine.recover()

@@ -248,6 +248,26 @@ SEEDS: dict[str, tuple[Edit, str, tuple[str, ...], tuple[str, ...]]] = {
         ("self_attn.qkv_proj is quantised, but vLLM runs it unquantised",),
         (),
     ),
+    "packed_modules_mapping against the mapper": (
+        edit(
+            '["q_proj", "k_proj", "v_proj"]',
+            '["q_proj", "v_proj", "k_proj"]',
+            "    packed_modules_mapping",
+            """    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={
+            ".q_proj": (".qkv_proj", "q"),
+            ".k_proj": (".qkv_proj", "k"),
+            ".v_proj": (".qkv_proj", "v"),
+        }
+    )
+    packed_modules_mapping""",
+            "from vllm.sequence",
+            "from vllm.model_executor.models.utils import WeightsMapper\nfrom vllm.sequence",
+        ),
+        "prefixes",
+        ("qkv_proj holds q_proj, v_proj, k_proj", "in the order q_proj, k_proj, v_proj"),
+        ("layer_classes", "rehearsal_tp1"),
+    ),
 }
 
 

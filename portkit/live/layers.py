@@ -249,6 +249,20 @@ def _packed_problems(
                     "Use the names of the checkpoint's tensors.",
                 ),
             )
+        elif members != (stacked := layout["stacked"].get(attr, members)) and (
+            sorted(members) == sorted(stacked)
+        ):
+            problems.setdefault(
+                attr,
+                Problem(
+                    row["path"],
+                    row["line"],
+                    f"packed_modules_mapping says that {attr} holds {', '.join(members)}, in "
+                    f"hf_to_vllm_mapper their shards are in the order {', '.join(stacked)}",
+                    "List the parts in the order of their shards: an adapter or a scale of one "
+                    "lands in the other's place.",
+                ),
+            )
     return list(problems.values())
 
 

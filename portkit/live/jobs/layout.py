@@ -1,7 +1,8 @@
 """Job: which layers the port is made of, on one rank and on several, without an engine.
 
 value: modules (one row each: path, class, the line that made it, prefix, whether it got the
-quantisation config, its weights), packed (packed_modules_mapping), ranks (per number of ranks: what
+quantisation config, its weights), packed (packed_modules_mapping), stacked (the same by the port's
+weights mapper), ranks (per number of ranks: what
 the config says against it, what vLLM says, what building the port says, the weights' shapes).
 """
 
@@ -25,6 +26,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from portkit.live.blueprint import Blueprint, Workbench, workbench
 from portkit.live.checkpoint import open_checkpoint
 from portkit.live.failure import describe
+from portkit.live.fused import stacked_parts
 from portkit.live.job import JobRequest
 from portkit.live.rank_counts import refusal
 from portkit.port import Port
@@ -44,6 +46,7 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
             "file": port.modeling.name,
             "modules": [_row(path, module, whole) for path, module in whole.model.named_modules()],
             "packed": dict(getattr(whole.model, "packed_modules_mapping", None) or {}),
+            "stacked": stacked_parts(whole.model),
             "ranks": {str(n): _on_ranks(bench, n, config, str(port.root)) for n in RANKS},
             "tied": bool(config.get("tie_word_embeddings")),
             "hidden_size": bench.config.model_config.get_hidden_size(),

@@ -142,7 +142,9 @@ class Prefixes(Check):
                 where=place(context.port, first.line),
                 next=first.next,
                 job=job,
-                causes=(
+                causes=()
+                if "packed_modules_mapping" in first.what
+                else (
                     "`prefix` or `quant_config` is not handed down from the module that holds it",
                 ),
             )

@@ -56,6 +56,7 @@ def weights(model: str) -> str:
             {"gqa_interleaved_layout": "True"},
         ),
         ("olmo_hybrid", "delta_net", "OlmoHybridGatedDeltaNetAttention", {}),
+        ("minimax", "linear_attention", "MiniMaxText01LinearAttention", {}),
     ],
 )
 def test_mixers_are_known_by_what_they_hold(
@@ -72,7 +73,6 @@ def test_mixers_are_known_by_what_they_hold(
     [
         ("rwkv", "RWKV time mixing: vLLM has no such layer"),
         ("recurrent_gemma", "RG-LRU"),
-        ("minimax", "linear attention with decay"),
         ("zamba2", "sharing modules between them"),
         ("zamba", "each of its heads has x_proj"),
         ("xlstm", "xLSTMLayer is matrix-memory LSTM (mLSTM): vLLM has no such layer"),
@@ -198,3 +198,32 @@ def test_a_router_of_a_linear_and_a_method() -> None:
     assert "renormalize=False" in text
     # The layers' classes stand in a table: one call makes them all.
     assert text.count("model_config: ModelConfig | None = None") == 2
+
+
+def test_one_attribute_for_attention_and_linear_attention() -> None:
+    """The class of layer is split: vLLM calls the two otherwise."""
+    text = weights("minimax")
+    assert 'if config.layer_types[layer_idx] == "linear_attention":' in text
+    assert "return MiniMaxLightningAttentionDecoderLayer(" in text
+    assert "self.self_attn(hidden_states, mixer_output, positions)" in text
+    # What vLLM's layer has of its own: an epsilon, slopes, and states it does not clear.
+    assert "self.self_attn.norm.variance_epsilon = 1e-06" in text
+    assert "dtype=torch.float32) + 1" in text
+    assert "class MiniMaxLightningAttention(MiniMaxText01LinearAttention):" in text
+    assert '".self_attn.query_decay": None' in text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("F.sigmoid(self.output_gate(", "F.silu(self.output_gate(", "sigmoid"),
+        ("torch.exp(-self.slope_rate", "torch.exp(-2 * self.slope_rate", "decay"),
+        ("3 * self.head_dim)", "self.head_dim * 3)", "lie together"),
+    ],
+)
+def test_another_linear_attention_is_refused(old: str, new: str, words: str) -> None:
+    architecture, source = copied("minimax")
+    assert old in source
+    outcome = drafted(source.replace(old, new), architecture, "forward")
+    assert outcome.status == "failed"
+    assert words in outcome.reason

@@ -26,6 +26,7 @@ VLLM_LAYERS: dict[str, Kind] = {
     "ShortConv": "short_conv",
     "QwenGatedDeltaNetAttention": "delta_net",
     "OlmoHybridGatedDeltaNetAttention": "delta_net",
+    "MiniMaxText01LinearAttention": "linear_attention",
 }
 """Layers of vLLM that keep such a state: what a port's decoder layer holds after the draft."""
 
@@ -55,6 +56,12 @@ class RecurrentFacts:
     """(name, source text) of sizes that vLLM's class reads from the config by itself."""
     stacked: tuple[tuple[str, str, int | tuple[int, ...]], ...] = ()
     """(linear in the checkpoint, linear of vLLM's class that holds it, its place there)."""
+    norm_eps: str = ""
+    """Epsilon of the layer's norm where it is not vLLM's."""
+    decay: tuple[str, ...] = ()
+    """Statements over config and layer_idx; the last is the slope of each head's decay."""
+    dropped: tuple[str, ...] = ()
+    """Tensors of the checkpoint that follow from the config."""
     given_shards: tuple[str, ...] = ()
     """Submodules whose loader in vLLM wants the place as an argument, not on the tensor."""
     why: str = ""
@@ -156,6 +163,7 @@ def is_recurrent(view: ClassView) -> bool:
 def read_recurrent(reader: Reader, view: ClassView) -> RecurrentFacts:
     """Facts of a mixer class; what is missing for a draft is reported as unknown, with its line."""
     from portkit.analysis.recurrent_delta import read_delta_net
+    from portkit.analysis.recurrent_linear import read_linear_attention
     from portkit.analysis.recurrent_mamba import read_mamba, read_mamba2
     from portkit.analysis.recurrent_short_conv import read_short_conv
 
@@ -166,6 +174,7 @@ def read_recurrent(reader: Reader, view: ClassView) -> RecurrentFacts:
         "mamba2": read_mamba2,
         "short_conv": read_short_conv,
         "delta_net": read_delta_net,
+        "linear_attention": read_linear_attention,
     }.get(kind)
     facts = reading(reader, view) if reading else without_draft(view, kind)
     if facts.why:
@@ -174,7 +183,6 @@ def read_recurrent(reader: Reader, view: ClassView) -> RecurrentFacts:
 
 
 _START: dict[Kind, str] = {
-    "linear_attention": "MiniMaxText01LinearAttention (layers/mamba/linear)",
     "rg_lru": "MambaMixer: a subclass of MambaBase with a scan of its own",
     "rwkv": "MambaBase (layers/mamba/abstract.py)",
     "mlstm": "MambaBase (layers/mamba/abstract.py)",

@@ -41,6 +41,8 @@ VLLM_NAMES = {
     "LogitsProcessor": f"{_LAYERS}.logits_processor",
     "QwenGatedDeltaNetAttention": f"{_LAYERS}.mamba.gdn.qwen_gdn_linear_attn",
     "OlmoHybridGatedDeltaNetAttention": f"{_LAYERS}.mamba.gdn.olmo_gdn_linear_attn",
+    "MiniMaxText01LinearAttention": f"{_LAYERS}.mamba.linear.minimax_linear_attn",
+    "LinearAttentionMetadata": "vllm.v1.attention.backends.linear_attn",
     "get_current_vllm_config": "vllm.config",
     "MambaMixer": f"{_LAYERS}.mamba.mamba_mixer",
     "MambaMixer2": f"{_LAYERS}.mamba.mamba_mixer2",

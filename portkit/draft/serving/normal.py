@@ -29,6 +29,7 @@ from portkit.draft.serving.residuals import call_autograd_functions, hoist_resid
 from portkit.draft.serving.router_methods import router_classes
 from portkit.draft.serving.same_arguments import merge_same_arguments
 from portkit.draft.serving.specialise import Specialised, specialise
+from portkit.draft.serving.split_layers import split_layers
 from portkit.draft.serving.tokens import first_output, flat_tokens, free_the_name
 from portkit.draft.work import set_method
 
@@ -53,7 +54,7 @@ def normal_form(module: cst.Module, architecture: str) -> NormalForm:
     module = read_layer_index(name_layer_index(module))
     if "autograd.Function" in source:
         module = call_autograd_functions(module)
-    module = router_classes(module)
+    module = split_layers(router_classes(module))
     if "nn.Sequential(" in source:
         module = _with_sequences(module)
     module, transposed = plain_linears(read_config_instead(module))

@@ -18,8 +18,37 @@ from portkit.draft import edit
 from portkit.draft.blocker import Blocker
 from portkit.draft.work import Work, set_method
 
-INTO_OUTPUT = ("MambaMixer", "ShortConv", "OlmoHybridGatedDeltaNetAttention")
+WITH_POSITIONS = ("MiniMaxText01LinearAttention",)
+INTO_OUTPUT = ("MambaMixer", "ShortConv", "OlmoHybridGatedDeltaNetAttention", *WITH_POSITIONS)
 """Layers that write into a tensor they are given; the others return one."""
+MENDED = {
+    "MiniMaxText01LinearAttention": '''
+class {name}(MiniMaxText01LinearAttention):
+    def _decode_infer(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_cache: torch.Tensor,
+        state_indices_tensor: torch.Tensor,
+        attn_metadata: LinearAttentionMetadata,
+    ) -> torch.Tensor:
+        """Decode, and start from nothing where the token is a prompt's only one.
+
+        vLLM counts a prompt of one token as decoding, and clears states for prefills alone: it
+        would go on from the request that had the block before. Padding has the unused block 0.
+        """
+        rows = slice(attn_metadata.num_decodes)
+        slots = state_indices_tensor[rows].clamp(min=0)
+        kept = (attn_metadata.seq_lens[rows] > 1).to(kv_cache.dtype)
+        kv_cache[slots] = kv_cache[slots] * kept[:, None, None, None]
+        return super()._decode_infer(
+            q, k, v, kv_cache, state_indices_tensor, attn_metadata
+        )
+'''
+}
+"""What a port has to change about one of vLLM's layers, in a subclass of the author's name."""
+FROM_VLLM_CONFIG = ("delta_net", "linear_attention")
 WITH_QUANTISATION = ("MambaMixer2", "ShortConv")
 _LINE = 70
 
@@ -48,14 +77,16 @@ def mixers_of(work: Work, layer: LayerFacts) -> dict[str, RecurrentFacts]:
 
 def drop_mixer_classes(work: Work) -> None:
     """The mixers' own classes go: one may bear the very name of vLLM's layer."""
-    gone = {m.cls for m in work.facts.recurrent if m.cls not in VLLM_LAYERS or m.line}
-    work.module = work.module.with_changes(
-        body=[
-            i
-            for i in work.module.body
-            if not (isinstance(i, cst.ClassDef) and i.name.value in gone)
-        ]
-    )
+    gone = {m.cls: m for m in work.facts.recurrent if m.cls not in VLLM_LAYERS or m.line}
+    body: list[cst.CSTNode] = []
+    for item in work.module.body:
+        mixer = gone.get(item.name.value) if isinstance(item, cst.ClassDef) else None
+        if mixer is None:
+            body.append(item)
+        elif mixer.layer in MENDED:
+            made = edit.statement(MENDED[mixer.layer].format(name=mixer.cls))
+            body.append(made.with_changes(leading_lines=item.leading_lines))
+    work.module = work.module.with_changes(body=body)
 
 
 def nested(
@@ -89,12 +120,11 @@ def construct(
         return [node]
     attr, mixer = pair[0], mixers[pair[0]]
     arguments = [value if name == value else f"{name}={value}" for name, value in mixer.arguments]
-    if mixer.kind != "delta_net":  # which takes these from vllm_config
+    if mixer.kind not in FROM_VLLM_CONFIG:
         arguments += ["model_config=model_config", "cache_config=cache_config"]
     arguments.append(f'prefix=f"{{prefix}}.{attr}"')
-    made = edit.statement(
-        f"self.{attr} = {mixer.layer}(\n    " + ",\n    ".join(arguments) + ",\n)"
-    )
+    name = mixer.cls if mixer.layer in MENDED else mixer.layer
+    made = edit.statement(f"self.{attr} = {name}(\n    " + ",\n    ".join(arguments) + ",\n)")
     made = edit.comment_before(
         made.with_changes(leading_lines=node.leading_lines),
         "vLLM keeps this layer's state by its prefix: it must be unique.",
@@ -115,9 +145,31 @@ def construct(
         )
     if mixer.channel_scale:
         body += _channel_scale(mixer)
+    if mixer.norm_eps:
+        made = edit.statement(f"self.{attr}.norm.variance_epsilon = {mixer.norm_eps}")
+        body.append(edit.comment_before(made, "The original's; vLLM's layer has one of its own."))
+    if mixer.decay:
+        body += _decay(mixer, attr)
     for name in mixer.given_shards:
         body += _given_shards(f"self.{attr}.{name}.weight", name)
     return body
+
+
+def _decay(mixer: RecurrentFacts, attr: str) -> list[edit.Statement]:
+    """The slopes by the author's formula, and this rank's part of them."""
+    *made, slopes = mixer.decay
+    first, *rest = edit.statements(
+        "\n".join(
+            [
+                *made,
+                f"self.{attr}.slope_rate = {slopes}",
+                f"self.{attr}.tp_slope = self.{attr}.slope_rate.chunk(",
+                "    get_tensor_model_parallel_world_size()",
+                ")[get_tensor_model_parallel_rank()].contiguous()",
+            ]
+        )
+    )
+    return [edit.comment_before(first, "The author's decay of each head, not vLLM's."), *rest]
 
 
 def _given_shards(parameter: str, name: str) -> list[edit.Statement]:
@@ -228,7 +280,8 @@ def call(
         body.append(edit.statement(f"mixer_input = {value}"))
         value = "mixer_input"
     output = target.value if target.value != value else "mixer_output"
-    body += edit.statements(f"{output} = torch.empty_like({value})\nself.{attr}({value}, {output})")
+    given = f"{value}, {output}" + (", positions" if mixer.layer in WITH_POSITIONS else "")
+    body += edit.statements(f"{output} = torch.empty_like({value})\nself.{attr}({given})")
     if output != target.value:
         body.append(edit.statement(f"{target.value} = {output}"))
     body[0] = body[0].with_changes(leading_lines=node.leading_lines)

@@ -28,6 +28,7 @@ _SHAPES: dict[str, tuple[tuple[str, str], ...]] = {
         ("conv_kernel", "conv_kernel_size"),
     ),
     "short_conv": (("intermediate_size", "dim"),),
+    "linear_attention": (("num_heads", "num_heads"), ("head_dim", "head_dim")),
     "delta_net": tuple(
         (n, n)
         for n in (
@@ -45,9 +46,11 @@ _CALCULATOR = {
     "mamba2": "mamba2",
     "short_conv": "short_conv",
     "delta_net": "gated_delta_net",
+    "linear_attention": "linear_attention",
 }
 _DTYPES = {
     "short_conv": "vllm_config.cache_config.mamba_cache_dtype",
+    "linear_attention": "vllm_config.cache_config.mamba_cache_dtype",
 }
 _BOTH = (
     "vllm_config.cache_config.mamba_cache_dtype,\n"
@@ -86,10 +89,14 @@ def _renames(work: Work, mixers: list[RecurrentFacts]) -> list[edit.Statement]:
     """Names that vLLM's layer gives its parameters: A is -exp(A_log), taken when loading."""
     attrs = {a for layer in work.facts.layers for a in layer.recurrent_attrs}
     pairs = dict.fromkeys(pair for m in mixers for pair in m.renames)
+    dropped = sorted(f".{attr}.{name}" for m in mixers for attr in attrs for name in m.dropped)
     stacked = dict.fromkeys(s for m in mixers for s in m.stacked)
     parts = []
-    if pairs:
+    if pairs or dropped:
         lines = "".join(f'        ".{old}": ".{new}",\n' for old, new in pairs)
+        if dropped:
+            lines += "        # computed from the config\n"
+            lines += "".join(f'        "{name}": None,\n' for name in dropped)
         parts.append("    orig_to_new_substr={\n" + lines + "    },\n")
     if stacked:
         lines = "".join(
@@ -110,8 +117,9 @@ def _methods(mixer: RecurrentFacts) -> list[cst.FunctionDef]:
     sizes = [f"{theirs}={values[ours]}" for theirs, ours in _SHAPES[mixer.kind]]
     if mixer.kind == "short_conv":
         sizes.append("conv_kernel=config.conv_L_cache")
-    sizes.insert(0, "tp_world_size=vllm_config.parallel_config.tensor_parallel_size")
-    if mixer.kind != "mamba":
+    ranks = "tp_size" if mixer.kind == "linear_attention" else "tp_world_size"
+    sizes.insert(0, f"{ranks}=vllm_config.parallel_config.tensor_parallel_size")
+    if mixer.kind not in ("mamba", "linear_attention"):
         sizes.append("num_spec=vllm_config.num_speculative_tokens")
     joined = ",\n        ".join(sizes)
     dtypes = _DTYPES.get(mixer.kind, _BOTH)

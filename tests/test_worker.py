@@ -24,6 +24,7 @@ import pytest
 from portkit.errors import PortkitError
 from portkit.live import client, log
 from portkit.live.client import Live, live_for
+from portkit.live.failure import describe
 from portkit.live.job import JobResult
 from portkit.live.preload import MODULES
 
@@ -647,6 +648,41 @@ VLLM_CODE = textwrap.dedent("""
 
 def segments() -> Iterator[Path]:
     return (s for pattern in ("vllm_dist_*", "psm_*") for s in Path("/dev/shm").glob(pattern))
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "words"),
+    [
+        (
+            "vllm/_custom_ops.py",
+            """raise AttributeError("'_OpNamespace' '_C' object has no attribute 'scan_fwd'")""",
+            "This build of vLLM has no kernel scan_fwd",
+        ),
+        (
+            "vllm/triton_utils/allocation.py",
+            """raise AttributeError("module 'triton' has no attribute 'set_allocator'")""",
+            "no Triton, which vllm/triton_utils/allocation.py",
+        ),
+        (
+            "vllm/layers/mamba/ops/cpu/gdn.py",
+            "assert False, 'requires BF16.'",
+            "vLLM's CPU build does not take this",
+        ),
+        (
+            "port/modeling.py",
+            "raise AttributeError('no attribute')",
+            "AttributeError: no attribute",
+        ),
+    ],
+)
+def test_a_kernel_that_this_build_lacks_is_no_mistake_of_the_port(
+    file: str, line: str, words: str
+) -> None:
+    with pytest.raises((AttributeError, AssertionError)) as caught:
+        exec(compile(line, f"/env/site-packages/{file}", "exec"), {})
+    told = describe(caught.value, "/nowhere")
+    assert words in told["what"]
+    assert ("on a GPU" in told["next"]) == file.startswith("vllm")
 
 
 @pytest.mark.vllm

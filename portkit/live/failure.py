@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from portkit.errors import PortkitError
+from portkit.live.missing_kernels import NEXT, missing_kernel
 
 LONGEST = 2000
 LINES = 8
@@ -30,6 +31,9 @@ def describe(error: BaseException, port_root: str) -> dict[str, str]:
     if isinstance(error, PortkitError):
         return error.to_dict()
     where = next((found for link in chain(error) if (found := _where(link, port_root))), "")
+    kernel = next((found for link in chain(error) if (found := missing_kernel(link))), "")
+    if kernel:
+        return {"what": f"{kernel}: {_what(error)}", "where": where, "next": NEXT}
     return {"what": _what(error), "where": where, "next": _next(error, where)}
 
 

@@ -1,0 +1,43 @@
+"""Failures that are no mistake of the port: this build of vLLM lacks a kernel of its layers.
+
+vLLM's CPU build has neither its CUDA operators nor Triton, and some of its layers have no other way
+(selective scan, lightning attention), or one that takes bfloat16 alone (gated delta nets).
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Iterator
+
+_OPERATOR = re.compile(r"'_OpNamespace' '\w+' object has no attribute '(?P<name>\w+)'")
+_TRITON = re.compile(r"module 'triton\S*' has no attribute '(?P<name>\w+)'")
+_LAUNCH = re.compile(r"(?P<name>\w+)\[[^]]*\]\(")
+NEXT = "Nothing to mend here: run it where vLLM has this kernel, on a GPU."
+
+
+def missing_kernel(error: BaseException) -> str:
+    """Say which kernel this build of vLLM lacks; "" if the error is about something else."""
+    text = str(error)
+    frames = [f for f in _frames(error) if "/vllm/" in f.filename]
+    if not frames:
+        return ""
+    last = frames[-1]
+    place = f"vllm/{last.filename.rsplit('/vllm/', 1)[1]}, in {last.name}"
+    if isinstance(error, AttributeError) and (found := _OPERATOR.search(text)):
+        return f"This build of vLLM has no kernel {found['name']} ({place})"
+    if isinstance(error, AttributeError) and (found := _TRITON.search(text)):
+        return f"This build of vLLM has no Triton, which {place} needs ({found['name']})"
+    launched = _LAUNCH.search(last.line or "")
+    if isinstance(error, TypeError) and "not subscriptable" in text and launched:
+        return f"This build of vLLM has no Triton for the kernel {launched['name']} ({place})"
+    if isinstance(error, AssertionError) and "/ops/cpu/" in last.filename:
+        return f"The kernel {last.name} of vLLM's CPU build does not take this ({place})"
+    return ""
+
+
+def _frames(error: BaseException) -> Iterator[traceback.FrameSummary]:
+    """Frames down to where it was raised, torch's dispatch of operators left out."""
+    for frame in traceback.extract_tb(error.__traceback__):
+        if "/torch/" not in frame.filename:
+            yield frame

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable
 
 import libcst as cst
@@ -11,6 +10,7 @@ from libcst import ParserSyntaxError
 from portkit.draft.blocker import Blocker
 from portkit.draft.outcome import DraftOutcome
 from portkit.draft.work import Work
+from portkit.lint.source import must_compile
 from portkit.port import Port
 
 SourceDraft = Callable[[str, str], Work]
@@ -40,7 +40,7 @@ def draft_source_outcome(
     if not source.strip():
         return DraftOutcome(step, "failed", reason=f"{path} is empty: do step copy first.")
     try:
-        ast.parse(source)
+        must_compile(source)
         cst.parse_module(source)
     except (SyntaxError, ValueError, ParserSyntaxError) as error:
         line = getattr(error, "lineno", None) or getattr(error, "raw_line", 0)
@@ -56,7 +56,7 @@ def draft_source_outcome(
         return DraftOutcome(
             step, "failed", reason=f"{path}, {blocker}" if blocker.line else f"{path}: {blocker}"
         )
-    except ParserSyntaxError as error:
+    except (ParserSyntaxError, SyntaxError) as error:
         # A transform put together what is no Python: its fault, but never the reader's crash.
         said = str(error).splitlines()[0]
         return DraftOutcome(

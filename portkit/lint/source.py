@@ -6,8 +6,8 @@ names are resolved through the file's own import statements.
 
 from __future__ import annotations
 
-import ast
 import re
+import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -272,16 +272,28 @@ class _Gather(cst.CSTVisitor):
 def must_parse(text: str, path: str = "") -> None:
     """Raise PortkitError as `parse` does; for a file that parses it is much quicker."""
     try:
-        ast.parse(text)
+        must_compile(text)
     except (SyntaxError, ValueError, RecursionError):
         parse(text, path)
+
+
+def must_compile(text: str) -> None:
+    """Raise SyntaxError or ValueError for what Python would not import.
+
+    LibCST and ast.parse take more than that: a keyword given twice, a `return` in no function.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an escape that is none is the reader's business
+        compile(text, "source", "exec", dont_inherit=True)
 
 
 def parse(text: str, path: str = "") -> cst.Module:
     """Parse a file; PortkitError with line, column and the line itself if it does not parse."""
     try:
-        return cst.parse_module(text)
-    except cst.ParserSyntaxError as error:
+        module = cst.parse_module(text)
+        must_compile(text)
+        return module
+    except (cst.ParserSyntaxError, SyntaxError, ValueError) as error:
         reason, line, column = _reason(text, error)
     lines = text.splitlines()
     shown = lines[line - 1] if 0 < line <= len(lines) else ""
@@ -294,14 +306,16 @@ def parse(text: str, path: str = "") -> cst.Module:
     )
 
 
-def _reason(text: str, error: cst.ParserSyntaxError) -> tuple[str, int, int]:
+def _reason(text: str, error: Exception) -> tuple[str, int, int]:
     """Message, line and column (1-based): Python's own are plainer than the grammar's."""
     try:
-        compile(text, "source", "exec", dont_inherit=True)
+        must_compile(text)
     except SyntaxError as python:
         return python.msg, python.lineno or 1, max(1, python.offset or 1)
     except ValueError as python:
         return str(python), 1, 1
+    if not isinstance(error, cst.ParserSyntaxError):
+        return str(error), 1, 1
     return error.message.splitlines()[0].rstrip("."), error.raw_line, error.raw_column + 1
 
 

@@ -70,6 +70,12 @@ def port_model(work: Work) -> None:
             work.line_of(f"class {facts.model}"),
             "Finish or undo that class, then draft again.",
         )
+    if facts.embedding is None:
+        raise Blocker(
+            f"{facts.model} makes no embedding of the tokens.",
+            work.line_of(f"class {facts.model}"),
+            "Make it in __init__: self.embed_tokens = nn.Embedding(...).",
+        )
     hidden, new_forward = _staged_forward(work, forward)
     body: list[edit.Statement] = []
     for node in edit.body_of(init):

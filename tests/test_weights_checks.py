@@ -7,11 +7,15 @@ itself starts on most of these ports without a complaint.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from seeds import Bench, Edit, edit, words
 
 from portkit.create import new_port
@@ -19,6 +23,8 @@ from portkit.live.client import live_for
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
+Tensors = dict[str, torch.Tensor]
+DOWN = "model.layers.1.mlp.down_proj.weight"
 CHECKS = (
     "coverage",
     "poisoned_load",
@@ -258,6 +264,87 @@ def test_nan_in_the_checkpoint_is_named(bench: Bench) -> None:
     assert verdict.status == "failed"
     assert "model.layers.1.self_attn.qkv_proj.weight: 1 of 98304 elements" in verdict.what
     assert name in words(verdict) and "damaged" in verdict.next
+
+
+FAULTS: dict[str, tuple[Callable[[Path, list[Path]], None], tuple[str, ...]]] = {
+    "truncated": (
+        lambda root, shards: os.truncate(shards[1], shards[1].stat().st_size - 1000),
+        ("model-00002-of-00004.safetensors is truncated",),
+    ),
+    "swapped": (
+        lambda root, shards: swap(*shards[:2]),
+        ("model-00001-of-00004.safetensors and model-00002-of-00004.safetensors are swapped",),
+    ),
+    "nowhere": (
+        lambda root, shards: reindex(root, "model.layers.9.mlp.up_proj.weight", shards[0].name),
+        ("'model.layers.9.mlp.up_proj.weight'", "no shard holds it"),
+    ),
+    "in another shard": (
+        lambda root, shards: reindex(root, "model.embed_tokens.weight", shards[1].name),
+        ("'model.embed_tokens.weight' is in model-00002", "it is in model-00001"),
+    ),
+    "absent": (
+        lambda root, shards: shards[2].unlink(),
+        ("shards that the index names is absent: model-00003",),
+    ),
+    "in two shards": (
+        lambda root, shards: rewrite(
+            shards[1], lambda t: t | {"model.embed_tokens.weight": torch.zeros(2)}
+        ),
+        ("'model.embed_tokens.weight' is in two shards",),
+    ),
+    "integers": (
+        lambda root, shards: recast(root, DOWN, lambda t: t.to(torch.int32)),
+        (DOWN, "is stored as I32", "quantization_config"),
+    ),
+    "transposed": (
+        lambda root, shards: recast(root, DOWN, lambda t: t.t().contiguous()),
+        (f"{DOWN} in model-0000", "is transposed: 384x256, and 256x384 in the 2 other layers"),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_of_the_shards_has_its_own_message(bench: Bench, fault: str) -> None:
+    """What is wrong with the files is said of the files, not of the port that reads them."""
+    bench.write()
+    spoil, said = FAULTS[fault]
+    root = bench.port.checkpoint
+    whole = root.with_name("checkpoint-whole")
+    shutil.copytree(root, whole)
+    try:
+        spoil(root, sorted(root.glob("*.safetensors")))
+        verdict = bench.run("coverage")
+    finally:
+        shutil.rmtree(root)
+        whole.rename(root)
+    assert verdict.status == "failed"
+    missing = [text for text in said if text not in words(verdict)]
+    assert not missing, f"does not say {missing}: {words(verdict)}"
+    assert bench.port.modeling.name not in verdict.where
+
+
+def swap(one: Path, other: Path) -> None:
+    aside = one.with_suffix(".aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+
+
+def reindex(root: Path, name: str, shard: str) -> None:
+    index = root / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"][name] = shard
+    index.write_text(json.dumps(content))
+
+
+def rewrite(shard: Path, change: Callable[[Tensors], Tensors]) -> None:
+    save_file(change(load_file(shard)), shard, metadata={"format": "pt"})
+
+
+def recast(root: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    shard, _ = where_in_shard(root, name)
+    rewrite(shard, lambda tensors: tensors | {name: change(tensors[name])})
 
 
 def where_in_shard(checkpoint: Path, name: str) -> tuple[Path, int]:

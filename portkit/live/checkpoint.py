@@ -233,10 +233,26 @@ def _compare_with_index(root: Path, tensors: dict[str, TensorInfo]) -> None:
     index = root / INDEX
     if not index.is_file():
         return
-    for name, shard in _weight_map(index).items():
-        if name not in tensors or tensors[name].shard != shard:
-            raise PortkitError(
-                f"The index says that {name!r} is in {shard}, but it is not there.",
-                str(index),
-                "Index and shards are of different checkpoints: download them together again.",
-            )
+    said = _weight_map(index)
+    astray = [name for name, shard in said.items() if name not in tensors]
+    if astray:
+        raise PortkitError(
+            f"The index says that {astray[0]!r} is in {said[astray[0]]}, but no shard holds it.",
+            str(index),
+            "Index and shards are of different checkpoints: download them together again.",
+        )
+    moved = {(shard, tensors[name].shard): name for name, shard in said.items()}
+    for (there, here), name in moved.items():
+        if there == here:
+            continue
+        swapped = (here, there) in moved and (there, there) not in moved
+        raise PortkitError(
+            f"{there} and {here} are swapped: each holds what the index says of the other "
+            f"({name!r}, for one)."
+            if swapped
+            else f"The index says that {name!r} is in {there}, but it is in {here}.",
+            str(index),
+            "Give the two files each other's name."
+            if swapped
+            else "Index and shards are of different checkpoints: download them together again.",
+        )

@@ -13,9 +13,11 @@ from typing import Any
 from portkit.checks.base import Check, CheckContext
 from portkit.checks.verdict import Table, Verdict
 from portkit.live import loads
+from portkit.live.checkpoint import open_checkpoint
 from portkit.live.evidence import gather
 from portkit.live.job import JobResult
 from portkit.live.layers import advice_on_start, pattern
+from portkit.live.odd_tensors import odd_tensors
 from portkit.steps.weights.parity import (
     STEP,
     LoadParity,
@@ -44,6 +46,16 @@ class CoverageCheck(Check):
             return self.failed_job(job, next=advice_on_start(job.what))
         found = job.value
         table = loads.coverage_table(found["whole"])
+        checkpoint = open_checkpoint(context.port.checkpoint)
+        if odd := odd_tensors(checkpoint):
+            return self.failed(
+                f"{odd[0].what}."
+                + (f" {len(odd) - 1} more tensors are as odd." if odd[1:] else ""),
+                where=str(checkpoint.root),
+                next=odd[0].next,
+                causes=odd[0].causes,
+                job=job,
+            )
         if found["whole"]["error"]:
             return self.raised(context, found, job)
         problems = loads.coverage_problems(found, context.port.source)

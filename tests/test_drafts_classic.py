@@ -6,7 +6,7 @@ from test_drafts import STEPS, copied, drafted, states
 from portkit.lint.engine import lint_source
 from portkit.lint.registry import rules_of
 
-MODELS = ("opt", "mpt", "gpt2")
+MODELS = ("opt", "mpt", "gpt2", "moshi")
 WRITTEN = [
     ("opt", "forward", "super().forward(positions + self.offset)"),
     ("opt", "forward", "self.model.decoder.embed_tokens.weight"),
@@ -21,6 +21,13 @@ WRITTEN = [
     ("gpt2", "weights", 'transposed_weights = ("c_attn", "c_proj", "c_fc")'),
     ("gpt2", "weights", "self.c_attn = QKVParallelLinear("),
     ("gpt2", "weights", "self.scaling /= float(layer_idx + 1)"),
+    # Linears in a module of their own, angles made by the attention, a window that is not applied.
+    ("moshi", "forward", "self.q_proj = nn.Linear("),
+    ("moshi", "weights", '".q_proj.linear.": ".q_proj.",'),
+    ("moshi", "weights", "[ffn_dim // 2] * 2"),
+    ("moshi", "weights", "self.rotary_emb = get_rope("),
+    ("moshi", "weights", "cache_config.sliding_window = None"),
+    ("moshi", "weights", "config.vocab_size + 1,"),
 ]
 
 

@@ -223,6 +223,8 @@ def _flows(view: ClassView, linears: set[str]) -> dict[str, frozenset[str]]:
             value = statement.value
             if isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts):
                 parts = [sources(e) for e in value.elts]
+            elif call_name(value).startswith("self.rotary") and len(value.args) == 2:
+                parts = [frozenset()] * len(target.elts)  # angles: of the tensor only its dtype
             elif rotates(value, target.elts):
                 tensors = [a for a in value.args if sources(a)]
                 parts = [sources(a) for a in tensors] if len(tensors) == 2 else [sources(value)] * 2
@@ -328,15 +330,16 @@ class _Mlp(Interpreter):
                 return inner
             if made is not None and ("ACT2FN" in text(made.value) or "act" in attr):
                 return ("act", attr, inner)
-        if isinstance(node.func, ast.Attribute) and node.func.attr == "chunk":
+        if isinstance(node.func, ast.Attribute) and node.func.attr in ("chunk", "unflatten"):
             shape = (text(argument(node, 0, "chunks")), text(argument(node, 1, "dim")))
-            if shape == ("2", "-1"):
+            if shape in (("2", "-1"), ("-1", "(2, -1)")):
                 inner = self.value(node.func.value, values)
                 return (("part", inner, 0), ("part", inner, 1))
         return super().call(node, values)
 
     def subscript(self, node: ast.Subscript, values: dict[str, Any]) -> Any:
         parts, at = self.value(node.value, values), text(node.slice)
+        at = {"..., 0, :": "0", "..., 1, :": "1"}.get(at.strip("()"), at)
         if at in ("0", "1") and len(parts) == 2 and all(p[0] == "part" for p in parts):
             return parts[int(at)]
         return super().subscript(node, values)

@@ -71,6 +71,7 @@ VLLM_NAMES = {
     "make_layers": "vllm.model_executor.models.utils",
     "maybe_prefix": "vllm.model_executor.models.utils",
     "IntermediateTensors": "vllm.sequence",
+    "copy": "copy",
     "Callable": "collections.abc",
     "Iterable": "collections.abc",
     "islice": "itertools",

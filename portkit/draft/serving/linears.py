@@ -36,6 +36,82 @@ def plain_linears(module: cst.Module) -> tuple[cst.Module, tuple[str, ...]]:
     return module, tuple(dict.fromkeys(transposed))
 
 
+def unwrap_linears(module: cst.Module) -> tuple[cst.Module, tuple[tuple[str, str], ...]]:
+    """The file with nn.Linear in place of modules that only call one, and what that renames.
+
+    [(".q_proj.linear.", ".q_proj."), ...]: piece of a checkpoint's name, and of the port's.
+    """
+    wrappers = {
+        c.name.value: found
+        for c in module.body
+        if isinstance(c, cst.ClassDef) and (found := _wrapped(c)) is not None
+    }
+    renamed: list[tuple[str, str]] = []
+
+    def change(here: cst.CSTNode) -> cst.CSTNode | None:
+        pair = edit.assigned_attribute(here) if isinstance(here, cst.SimpleStatementLine) else None
+        name = edit.code(pair[1].func) if pair and isinstance(pair[1], cst.Call) else ""
+        if name not in wrappers:
+            return None
+        inner, parameters, made = wrappers[name]
+        for position, parameter in enumerate(parameters):
+            value = edit.call_argument(pair[1], position, parameter)
+            if value is not None:
+                made = _with_value(made, parameter, edit.flat(value))
+        renamed.append((f".{pair[0]}.{inner}.", f".{pair[0]}."))
+        line = edit.statement(f"self.{pair[0]} = {edit.flat(made)}")
+        return line.with_changes(leading_lines=here.leading_lines)
+
+    if wrappers:
+        module = edit.replace(module, change)
+    return module, tuple(dict.fromkeys(renamed))
+
+
+def _with_value(call: cst.Call, name: str, value: str) -> cst.Call:
+    """The call with a value in place of a name in its arguments."""
+    arguments = [a.with_changes(value=edit.replace_text(a.value, name, value)) for a in call.args]
+    return call.with_changes(args=arguments)
+
+
+def _wrapped(cls: cst.ClassDef) -> tuple[str, list[str], cst.Call] | None:
+    """(attribute, parameters, nn.Linear call) of a module whose forward only calls the linear."""
+    init, forward = edit.method(cls, "__init__"), edit.method(cls, "forward")
+    if init is None or forward is None or len(edit.body_of(forward)) != 1:
+        return None
+    returned = edit.single(edit.body_of(forward)[0])
+    pairs = [p for n in edit.body_of(init) if (p := edit.assigned_attribute(n))]
+    linears = [p for p in pairs if edit.is_call(p[1], "nn.Linear")]
+    others = [p for p in pairs if p not in linears and isinstance(p[1], cst.Call)]
+    if len(linears) != 1 or others or not isinstance(returned, cst.Return):
+        return None
+    attr, made = linears[0]
+    parameters = edit.parameters(forward)
+    if len(parameters) != 1 or edit.code(returned.value) != f"self.{attr}({parameters[0]})":
+        return None
+    return attr, edit.parameters(init), made
+
+
+def declare_renamed(work: Work, renamed: tuple[tuple[str, str], ...]) -> None:
+    """Give the ForCausalLM class a mapper for the weights of unwrapped linears."""
+    code = work.module.code
+    renamed = tuple(r for r in renamed if f"self{r[1].rstrip('.')} = nn.Linear(" in code)
+    if not renamed:
+        return
+    cls = work.cls(work.facts.causal_lm)
+    lines = "".join(f'        "{old}": "{new}",\n' for old, new in renamed)
+    made = edit.comment_before(
+        edit.statement(
+            "hf_to_vllm_mapper = WeightsMapper(\n    orig_to_new_substr={\n" + lines + "    }\n)"
+        ),
+        "Linears that the original wraps in a module of their own.",
+    )
+    members = edit.members(cls)
+    at = 1 if members and edit.is_docstring(members[0]) else 0
+    members[at] = edit.blank_before(members[at])
+    work.put(set_members(cls, [*members[:at], made, *members[at:]]))
+    work.did.append(f"{work.facts.causal_lm}: names of wrapped linears are mapped.")
+
+
 def declare_transposed(work: Work, attrs: tuple[str, ...]) -> None:
     """Say on the ForCausalLM class which weights are transposed while they are loaded."""
     code = work.module.code

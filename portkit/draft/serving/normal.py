@@ -23,7 +23,7 @@ from portkit.draft.serving.constructors import (
     rename_shadows,
     resolve_tables,
 )
-from portkit.draft.serving.linears import plain_linears
+from portkit.draft.serving.linears import plain_linears, unwrap_linears
 from portkit.draft.serving.parameters import drop_unread_parameters, read_config_instead
 from portkit.draft.serving.residuals import call_autograd_functions, hoist_residuals
 from portkit.draft.serving.router_methods import router_classes
@@ -41,6 +41,8 @@ class NormalForm:
     module: cst.Module
     transposed: tuple[str, ...] = ()
     """Linears whose weights the checkpoint stores as [in, out]."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """(piece of a name in the checkpoint, in the file) of linears that were wrapped."""
     notes: tuple[str, ...] = ()
     """What the reader must know about what was left out."""
 
@@ -79,7 +81,8 @@ def normal_form(module: cst.Module, architecture: str) -> NormalForm:
     module = merge_same_arguments(module, set(served.passed))
     module = hoist_residuals(module, set(served.passed))
     module = drop_unread_parameters(module, set(served.passed), architecture)
-    if by_hand:
+    module, renamed = unwrap_linears(module)
+    if by_hand or renamed:
         served = specialise(module, architecture, alibi)
         module = served.module
     for cls in _served_classes(module, served):
@@ -92,7 +95,7 @@ def normal_form(module: cst.Module, architecture: str) -> NormalForm:
     if alibi:
         module, told = with_slopes(module)
         notes += told
-    return NormalForm(module, transposed, tuple(notes))
+    return NormalForm(module, transposed, renamed, tuple(notes))
 
 
 def _with_sequences(module: cst.Module) -> cst.Module:

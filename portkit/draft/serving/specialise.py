@@ -123,6 +123,8 @@ def _read(module: cst.Module) -> _File:
                 made[pair[0]] = held[0]
             if edit.find(pair[1], lambda n: isinstance(n, cst.Name) and n.value == "None"):
                 optional.add(pair[0])
+            elif node in edit.body_of(init):  # in no branch: whatever it was before
+                optional.discard(pair[0])
         file.made[name] = made
         file.attributes[name] = {
             f"self.{attr}": UNKNOWN if attr in optional else SOMETHING for attr in made

@@ -23,6 +23,9 @@ def flat_tokens(function: cst.FunctionDef) -> cst.FunctionDef:
             return here.with_changes(func=edit.expression("math.sqrt"))
         if here.func.attr.value not in ("view", "reshape"):
             return None
+        split = _split_features(here, shapes)
+        if split is not None:
+            return split
         numbers = any(isinstance(a.value, cst.Integer) for a in here.args)
         if here.args and not numbers and all(_of_sizes(a.value, shapes) for a in here.args):
             return here.func.value
@@ -31,6 +34,17 @@ def flat_tokens(function: cst.FunctionDef) -> cst.FunctionDef:
     new = edit.replace(function, change)
     body = [s for s in edit.body_of(new) if not _grows_a_table(s)]
     return edit.with_body(new, tidy_blocks(body))
+
+
+def _split_features(call: cst.Call, shapes: set[str]) -> cst.BaseExpression | None:
+    """x.view(batch, seq, 2, -1) -> x.unflatten(-1, (2, -1)): each token's features in parts."""
+    given = [a.value for a in call.args]
+    if len(given) != 4 or not all(isinstance(g, cst.Name) and g.value in shapes for g in given[:2]):
+        return None
+    if not isinstance(given[2], cst.Integer) or edit.code(given[3]) != "-1":
+        return None
+    tensor = edit.code(call.func.value)
+    return edit.expression(f"{tensor}.unflatten(-1, ({edit.code(given[2])}, -1))")
 
 
 def free_the_name(function: cst.FunctionDef, name: str, new: str) -> cst.FunctionDef:
@@ -117,7 +131,10 @@ def _embedding_test(node: cst.If) -> cst.If:
 
 
 def first_output(function: cst.FunctionDef) -> cst.FunctionDef:
-    """`outputs = [x] + weights; return outputs` -> `return x`: only the tensor goes on."""
+    """`outputs = [x] + weights; return outputs` -> `return x`: only the tensor goes on.
+
+    `outputs = (x,)` likewise, where nothing is added to it later.
+    """
     body = edit.body_of(function)
     last = edit.single(body[-1]) if body else None
     if not isinstance(last, cst.Return) or not isinstance(last.value, cst.Name):
@@ -126,16 +143,18 @@ def first_output(function: cst.FunctionDef) -> cst.FunctionDef:
         pair = edit.assigned(node)
         if pair is None or edit.code(pair[0]) != last.value.value:
             continue
-        value = pair[1]
-        joined = isinstance(value, cst.BinaryOperation) and isinstance(
-            value.left, cst.List | cst.Tuple
-        )
-        if joined and len(value.left.elements) == 1:
+        first = pair[1].left if isinstance(pair[1], cst.BinaryOperation) else pair[1]
+        grows = any(last.value.value in _names(n) for n in body[index + 1 : -1])
+        if isinstance(first, cst.List | cst.Tuple) and len(first.elements) == 1 and not grows:
             returned = body[-1].with_changes(
-                body=[last.with_changes(value=value.left.elements[0].value)]
+                body=[last.with_changes(value=first.elements[0].value)]
             )
             return edit.with_body(function, [*body[:index], *body[index + 1 : -1], returned])
     return function
+
+
+def _names(node: cst.CSTNode) -> set[str]:
+    return {n.value for n in edit.find(node, lambda n: isinstance(n, cst.Name))}
 
 
 def _shape_names(function: cst.FunctionDef) -> set[str]:

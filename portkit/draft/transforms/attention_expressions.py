@@ -181,6 +181,8 @@ class AttentionExpressions:
         plain = [a.value for a in node.args if a.keyword is None and not a.star]
         if plain and edit.code(plain[0]) == "self" and len(plain) >= 4:
             return self._attend(node, env)
+        if name in self.erased:
+            return ERASED
         if name in ("torch.cat", "torch.concat"):
             return self._cat(node, plain, env)
         if name in ("torch.chunk", "torch.split") and plain:

@@ -43,9 +43,9 @@ def port_model(work: Work) -> None:
     new = edit.with_body(edit.function(FORWARD), _model_body(work, forward))
     check_no_leftovers(new, forward, facts.model, work)
     cls = set_method(cls, new)
-    after_super = edit.statements("""
+    after_super = edit.statements(f"""
 config = vllm_config.model_config.hf_config
-cache_config = vllm_config.cache_config
+{_cache_config(work)}
 self.config = config
 """)
     body: list[edit.Statement] = []
@@ -60,6 +60,25 @@ self.config = config
     work.put(plain_module(cls))
     work.did.append(
         f"{facts.model}: input_ids and positions are [num_tokens]; make_layers names each layer."
+    )
+
+
+def _cache_config(work: Work) -> str:
+    """The cache's configuration, without a window that the original reads and does not apply.
+
+    vLLM's Attention takes the config's window where it is not given one.
+    """
+    facts = work.facts
+    reads = "sliding_window" in {name for name, _ in facts.config_fields}
+    if not reads or facts.attention is None or facts.attention.latent is not None:
+        return "cache_config = vllm_config.cache_config"
+    if "per_layer_sliding_window" in edit.code(work.cls(facts.attention.cls)):
+        return "cache_config = vllm_config.cache_config"
+    work.did.append(f"{facts.model}: no window, as in the original, whatever the config has.")
+    return (
+        "# The original attends to all tokens whatever config.sliding_window is.\n"
+        "cache_config = copy(vllm_config.cache_config)\n"
+        "cache_config.sliding_window = None"
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import libcst as cst
 
-from portkit.analysis.classes import view_module
+from portkit.analysis.classes import call_name, view_module
 from portkit.analysis.rotary_class import read_rotary_class
 from portkit.analysis.rotary_table import RotaryTable
 from portkit.draft import edit, prune
@@ -87,9 +87,16 @@ self.rotary_emb = get_rope(
     return RotaryPlan(
         "self.rotary_emb",
         (edit.blank_before(made),),
+        gone=_held(work),
         did=f"{rotary.function} pairs {style}: get_rope rotates by `positions`.",
         warning=warning,
     )
+
+
+def _held(work: Work) -> tuple[str, ...]:
+    """Attributes of the attention that hold the rotary class: it makes its own angles."""
+    view = view_module(work.module.code).classes[work.facts.attention.cls]
+    return tuple({i.attr for i in view.assigned if call_name(i.value) == work.facts.rotary.cls})
 
 
 def layer_type(work: Work) -> str:

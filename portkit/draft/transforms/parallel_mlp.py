@@ -97,7 +97,8 @@ def _halves(node: edit.Statement) -> str:
             return f"[{right}] * 2"
         if right == "2":
             return f"[{left}] * 2"
-    return f"[({edit.flat(size)}) // 2] * 2"
+    shown = edit.flat(size)
+    return f"[{shown if isinstance(size, cst.Name | cst.Attribute) else f'({shown})'} // 2] * 2"
 
 
 def _activation(node: edit.Statement, facts: MlpFacts) -> edit.Statement:

@@ -14,7 +14,7 @@ from portkit.draft.blocker import Blocker
 from portkit.draft.finish import finish
 from portkit.draft.outcome import DraftOutcome
 from portkit.draft.serving.constructors import drop_unserved_methods
-from portkit.draft.serving.linears import declare_transposed
+from portkit.draft.serving.linears import declare_renamed, declare_transposed
 from portkit.draft.serving.normal import NormalForm, normal_form
 from portkit.draft.transforms.class_alias import write_out
 from portkit.draft.transforms.forward_attention import port_attention
@@ -62,6 +62,7 @@ def _drafted(work: Work, form: NormalForm) -> Work:
     work.module = drop_unserved_methods(work.module, served)
     declare_state(work)
     declare_transposed(work, form.transposed)
+    declare_renamed(work, form.renamed)
     work.warnings += form.notes
     port_norms(work)
     work.module = cst.parse_module(finish(work))

@@ -50,6 +50,8 @@ def _fuse(facts: AttentionFacts, forward: cst.FunctionDef) -> list[edit.Statemen
     for attr, found in calls.items():
         if len(found) != 1:
             raise Blocker(f"{facts.cls}.forward calls self.{attr} {len(found)} times.", facts.line)
+        if not found[0].args:
+            raise Blocker(f"{facts.cls}.forward calls self.{attr} with nothing.", facts.line)
     inputs = {edit.flat(found[0].args[0].value) for found in calls.values()}
     if len(inputs) != 1:
         raise Blocker(

@@ -25,6 +25,10 @@ def port_causal_lm(work: Work) -> None:
         cls = _mixins(work, cls)
         work.put(cls)
         return
+    if edit.method(cls, "forward") is None:
+        raise Blocker(
+            f"{facts.causal_lm} has no forward.", work.line_of(f"class {facts.causal_lm}")
+        )
     logits, processor, biased = _logits(work, cls)
     body: list[edit.Statement] = []
     for node in edit.body_of(init):

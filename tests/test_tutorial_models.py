@@ -14,6 +14,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from portkit.checks.base import CheckContext
+from portkit.checks.runner import checks_of
+from portkit.create import new_port
+from portkit.draft.pipeline import apply_draft
+from portkit.live.client import live_for
 from portkit.models import bundled, find
 from portkit.models.corpus import pieces
 from portkit.models.recipe import load_recipe
@@ -87,3 +92,20 @@ def test_greedy_continuations_are_legible_with_healthy_margins(name: str) -> Non
         assert sum(word in known for word in words) / len(words) > 0.95, text
         margins.append(above)
     assert torch.cat(margins).median() > 1.0
+
+
+@pytest.mark.vllm
+def test_wrong_experts_are_found_where_they_are_made(tmp_path) -> None:
+    """The two sides compare nothing inside a block of experts; the block's line would mislead."""
+    port = new_port("phimoe", architecture="PhimoeForCausalLM", root=tmp_path)
+    for step in ("copy", "forward", "parallel", "weights"):
+        assert apply_draft(port, step).status == "success"
+    right = 'ckpt_names=("w1", "w2", "w3")'
+    assert right in port.source
+    port.modeling.write_text(port.source.replace(right, 'ckpt_names=("w3", "w2", "w1")'))
+    parity = next(check for check in checks_of("forward") if check.id == "prefill_parity")
+    verdict = parity().run(CheckContext(port, live_for(port)))
+    live_for(port).close()
+    assert verdict.status == "failed"
+    assert "self.experts = FusedMoEFactory(" in verdict.where
+    assert any("ckpt_names" in cause for cause in verdict.causes[:3])

@@ -26,6 +26,15 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu squared": lambda x: torch.relu(x) ** 2,
     "no function": lambda x: x,
 }
+EXPERTS = (
+    "The experts' weights stand in each other's places: ckpt_names gives gate, down and up, in "
+    "this order.",
+    "The routing differs: renormalize, the scoring function, top_k, groups, or a bias of the "
+    "router; compare with the original's router.",
+    "The routed answer is scaled twice or not at all (routed_scaling_factor), or shared experts "
+    "are left out or summed twice.",
+)
+"""What makes a block of experts wrong whose input is right."""
 
 
 class Diagnosis(Evidence):
@@ -294,6 +303,11 @@ class Diagnosis(Evidence):
         else:
             self._scaled(f"What {path} returns")
             self._matches("What it returns is")
+            if hasattr(original, "experts") and hasattr(module, "experts"):
+                # Both sides work on a flat list of tokens inside: nothing was compared there.
+                self.call = "experts"
+                self.possible += EXPERTS
+                return
             self.possible.append(
                 "All modules inside agree: what its forward does between them differs, a residual "
                 "added or left out, a multiplier, an order."

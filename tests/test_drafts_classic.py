@@ -6,7 +6,7 @@ from test_drafts import STEPS, copied, drafted, states
 from portkit.lint.engine import lint_source
 from portkit.lint.registry import rules_of
 
-MODELS = ("opt", "mpt", "gpt2", "moshi")
+MODELS = ("opt", "mpt", "gpt2", "moshi", "openai-gpt")
 WRITTEN = [
     ("opt", "forward", "super().forward(positions + self.offset)"),
     ("opt", "forward", "self.model.decoder.embed_tokens.weight"),
@@ -28,6 +28,13 @@ WRITTEN = [
     ("moshi", "weights", "self.rotary_emb = get_rope("),
     ("moshi", "weights", "cache_config.sliding_window = None"),
     ("moshi", "weights", "config.vocab_size + 1,"),
+    ("openai-gpt", "forward", "SelfAttention(\n            config, cache_config=cache_config,"),
+    (
+        "openai-gpt",
+        "weights",
+        "self.head_dim = self.split_size // self.total_num_heads\n\n        tp",
+    ),
+    ("openai-gpt", "weights", "1.0 / math.sqrt((self.split_size // self.total_num_heads)),"),
 ]
 
 

@@ -74,6 +74,7 @@ def test_mixers_are_known_by_what_they_hold(
         ("rwkv", "RWKV time mixing: vLLM has no such layer"),
         ("recurrent_gemma", "RG-LRU"),
         ("zamba2", "sharing modules between them"),
+        ("hrm_text", "runs stacks of layers (HrmTextStack) in a recurrence of its own"),
         ("zamba", "each of its heads has x_proj"),
         ("xlstm", "xLSTMLayer is matrix-memory LSTM (mLSTM): vLLM has no such layer"),
         ("blt", "BltModel runs several stacks of layers on each other's output"),

@@ -41,8 +41,13 @@ class AttentionCore(CoreExpressions):
         if not self.attended or not self.head_dim or self.head_dim.startswith("self.head_dim"):
             return cls
         init = edit.method(cls, "__init__")
+        body = list(edit.body_of(init))
         made = edit.statement(f"self.head_dim = {self.head_dim}")
-        return set_method(cls, edit.with_body(init, [*edit.body_of(init), made]))
+        # Before the projections, whose sizes it gives; after the attributes that it reads.
+        read = edit.self_attributes_read(made)
+        assigned = [(edit.assigned_attribute(s) or ("",))[0] for s in body]
+        at = max((i + 1 for i, attr in enumerate(assigned) if attr in read), default=len(body))
+        return set_method(cls, edit.with_body(init, [*body[:at], made, *body[at:]]))
 
     # ---- statements -------------------------------------------------------------------------
 

@@ -76,6 +76,10 @@ def _holds_attention(module: cst.Module, cls: cst.ClassDef) -> bool:
     return any(_holds_attention(module, c) for c in inner)
 
 
+def _class(module: cst.Module, name: str) -> cst.ClassDef:
+    return next(c for c in module.body if isinstance(c, cst.ClassDef) and c.name.value == name)
+
+
 def _put(module: cst.Module, new: cst.ClassDef) -> cst.Module:
     name = new.name.value
     return module.with_changes(
@@ -127,8 +131,10 @@ def read_config_instead(module: cst.Module) -> cst.Module:
     For constructor arguments that are config fields alone, where the class has the config, too.
     """
     views = view_module(module.code).classes
-    for cls in [c for c in module.body if isinstance(c, cst.ClassDef)]:
-        name, init = cls.name.value, edit.method(cls, "__init__")
+    # From the outside in: what a holder is given may be a field that it passes on.
+    for name in reversed([c.name.value for c in module.body if isinstance(c, cst.ClassDef)]):
+        cls = _class(module, name)
+        init = edit.method(cls, "__init__")
         names = edit.parameters(init) if init is not None else []
         users = [(u, call) for u in views.values() for call in _constructions(u, name)]
         if "config" not in names or len(users) != 1:
@@ -152,10 +158,9 @@ def read_config_instead(module: cst.Module) -> cst.Module:
         body = [_with_fields(s, fields) for s in edit.body_of(init)]
         new = edit.with_body(init, body).with_changes(params=init.params.with_changes(params=kept))
         module = _put(module, set_method(cls, new))
-        holder = next(
-            c for c in module.body if isinstance(c, cst.ClassDef) and c.name.value == user.name
-        )
+        holder = _class(module, user.name)
         module = _put(module, _without_constructed(holder, name, names, set(fields)))
+        views = view_module(module.code).classes
     return module
 
 
@@ -164,8 +169,9 @@ def drop_unread_constructor_parameters(module: cst.Module) -> cst.Module:
 
     What vLLM's constructors are given stays, read or not.
     """
-    classes = {c.name.value: c for c in module.body if isinstance(c, cst.ClassDef)}
-    for name, cls in classes.items():
+    for name in [c.name.value for c in module.body if isinstance(c, cst.ClassDef)]:
+        # Found anew each time: it may just have lost arguments of its calls.
+        cls = _class(module, name)
         init = edit.method(cls, "__init__")
         names = edit.parameters(init) if init is not None else []
         if init is None or init.params.star_kwarg is not None or "config" not in str(names):

@@ -177,7 +177,7 @@ self.{fused} = QKVParallelLinear(
         elif attr in gates:
             body.append(gate_statement(node, gates[attr], facts, view))
         elif pair and edit.is_call(pair[1], "Attention"):
-            body.append(_attention(node, pair[1]))
+            body.append(_attention(node, pair[1], renames))
         else:
             body.append(node)
     body = [_rename(s, renames) for s in body]
@@ -211,7 +211,10 @@ def _rename(node: edit.Statement, renames: dict[str, str]) -> edit.Statement:
     pair = edit.assigned_attribute(node)
     if pair and (pair[0] in _OF_THIS_RANK or edit.is_call(pair[1], "Attention")):
         return node
+    return _renamed(node, renames)
 
+
+def _renamed(node, renames: dict[str, str]):
     def change(here: cst.CSTNode) -> cst.CSTNode | None:
         if isinstance(here, cst.Attribute) and edit.code(here) in renames:
             return edit.expression(renames[edit.code(here)])
@@ -236,7 +239,7 @@ def _after_head_dim(
     return body
 
 
-def _attention(node: edit.Statement, call: cst.Call) -> edit.Statement:
+def _attention(node: edit.Statement, call: cst.Call, renames: dict[str, str]) -> edit.Statement:
     """Attention(...) with this rank's heads and the quantisation of the KV cache."""
     given = [a for a in call.args if a.keyword is None][:3]
     rest = [
@@ -249,8 +252,8 @@ def _attention(node: edit.Statement, call: cst.Call) -> edit.Statement:
         raise Blocker("Attention(...) must be given heads, head size and scale by position.")
     arguments = [
         "self.num_heads",
-        edit.flat(given[1].value),
-        edit.flat(given[2].value),
+        edit.flat(_renamed(given[1].value, renames)),
+        edit.flat(_renamed(given[2].value, renames)),
         "num_kv_heads=self.num_kv_heads",
     ]
     for argument in rest:

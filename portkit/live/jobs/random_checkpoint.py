@@ -22,9 +22,9 @@ from transformers import AutoConfig
 
 from portkit.analysis.conversion import Merge, conversions_of
 from portkit.errors import PortkitError
+from portkit.live.hardening import ACTIVATIONS, SEED, harden
 from portkit.live.job import JobRequest
 
-SEED = 20
 MAX_PARAMETERS = 20_000_000
 
 SIZES: dict[str, int] = {
@@ -178,7 +178,7 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
             "Give a small checkpoint of your own: `--checkpoint DIR`.",
         )
     if hard:
-        _harden(model, ACTIVATIONS[str(request.args.get("activations", "usual"))])
+        harden(model, ACTIVATIONS[str(request.args.get("activations", "usual"))])
     model.save_pretrained(out, max_shard_size=max(size * 4 // 3, 1))
     config = json.loads((out / "config.json").read_text())
     config["architectures"] = [architecture]
@@ -355,32 +355,3 @@ def _stacks(default: Any) -> dict[str, Any]:
         if "num_hidden_layers" in fields:
             found[name] = {k: v for k, v in SIZES.items() if isinstance(fields.get(k), int)}
     return found
-
-
-ACTIVATIONS = {"small": 0.02, "usual": 1.0, "large": 12.0}
-"""Standard deviation of embeddings. Where they are small an eps shows, where they are large a sum
-that overflows or loses its small part; between them everything else does."""
-
-
-def _harden(model: torch.nn.Module, spread: float) -> None:
-    """Give every parameter values that a mistake with it would show in the output."""
-    generator = torch.Generator().manual_seed(SEED)
-    for name, parameter in model.named_parameters():
-        with torch.no_grad():
-            noise = torch.randn(parameter.shape, generator=generator)
-            tail = name.rsplit(".", 2)[-2:]
-            if parameter.dim() <= 1 and tail[-1].endswith("bias"):
-                parameter.copy_(0.2 * noise)
-            elif parameter.dim() <= 1:
-                parameter.add_(0.3 * noise)
-            elif "embed" in name or "wte" in name or "wpe" in name:
-                parameter.copy_(spread * noise)
-            else:
-                # Twice the usual spread: attention that is sharp, logits that are apart.
-                parameter.copy_(2.0 * noise / max(parameter.shape[-1], 1) ** 0.5)
-    for name, buffer in model.named_buffers():
-        # Corrections of routing scores are kept as buffers, of zeros before training.
-        if name.endswith("bias") and buffer.is_floating_point():
-            with torch.no_grad():
-                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
-    model.tie_weights()

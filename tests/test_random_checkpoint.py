@@ -1,0 +1,30 @@
+"""Random checkpoints: weights that make mistakes show, and no more than float32 can carry."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from portkit.live.client import live_for
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "query_to_key"),
+    [
+        # GPT-Neo's attention has no scale: its queries hold head_dim**-0.5.
+        ("GPTNeoForCausalLM", "gpt_neo", 32**-0.5),
+        ("OPTForCausalLM", "opt", 1.0),
+    ],
+)
+def test_an_attention_without_a_scale_has_it_in_its_queries(
+    architecture: str, model_type: str, query_to_key: float, tmp_path: Path
+) -> None:
+    done = live_for(None).run(
+        "random_checkpoint", architecture=architecture, model_type=model_type, out=str(tmp_path)
+    )
+    assert done.ok, done.what
+    weights = {k: v for f in tmp_path.glob("*.safetensors") for k, v in load_file(f).items()}
+    for name, query in weights.items():
+        if name.endswith("q_proj.weight"):
+            key = weights[name.replace("q_proj", "k_proj")]
+            assert query.std() / key.std() == pytest.approx(query_to_key, rel=0.1)

@@ -116,6 +116,24 @@ def hoards(say):
         time.sleep(0.001)
 
 
+def bombs(say):
+    """Threads, each of which starts others, up to a number that no test machine minds."""
+    import threading
+
+    def thread(depth):
+        for _ in range(4):
+            if depth and threading.active_count() < 400:
+                threading.Thread(target=thread, args=(depth - 1,)).start()
+        while True:
+            time.sleep(0.01)
+
+    thread(6)
+
+
+def grabs(say):
+    return len(b"x" * (30 << 30))
+
+
 def floods(say):
     line = "x" * 99
     for i in range(1_000_000):
@@ -360,6 +378,19 @@ def test_a_hoarder_is_stopped_at_its_limit(live: Live):
     assert result.status == "crashed" and "its limit is 300 MiB" in result.what
     assert result.where.startswith("code_of_port.py:") and "in hoards" in result.where
     assert 300 < result.peak_memory_mib < 3000
+
+
+def test_a_bomb_of_threads_ends_at_its_timeout(live: Live):
+    result = call(live, "bombs", timeout=1)
+    assert result.status == "timeout"
+    assert call(live, "add", a=1, b=1).ok
+
+
+def test_thirty_gigabytes_at_once_cost_the_job_only(live: Live):
+    result = call(live, "grabs", max_memory_mib=300)
+    assert not result.ok and result.where.startswith("code_of_port.py:")
+    assert "in grabs" in result.where
+    assert call(live, "add", a=1, b=1).ok
 
 
 def test_a_flood_of_output_is_bounded(live: Live):

@@ -20,7 +20,8 @@ from portkit.analysis.making import made_by
 from portkit.analysis.moe import is_moe, read_moe
 from portkit.analysis.nesting import path_to_attention, path_to_layers
 from portkit.analysis.norms import formula_of, is_norm
-from portkit.analysis.read_blocks import linears_of, read_attention, read_mlp
+from portkit.analysis.read_blocks import linears_of, read_attention
+from portkit.analysis.read_mlp import read_mlp
 from portkit.analysis.recurrent import (
     VLLM_LAYERS,
     RecurrentFacts,

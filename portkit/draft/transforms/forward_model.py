@@ -9,6 +9,7 @@ from portkit.draft.blocker import Blocker
 from portkit.draft.serving.inline import without_copies
 from portkit.draft.transforms import layer_list
 from portkit.draft.transforms.forward_layer import check_no_leftovers
+from portkit.draft.transforms.masked_windows import cache_config
 from portkit.draft.work import Work, plain_module, rewrite_init, set_members, set_method
 
 FORWARD = """
@@ -45,7 +46,7 @@ def port_model(work: Work) -> None:
     cls = set_method(cls, new)
     after_super = edit.statements(f"""
 config = vllm_config.model_config.hf_config
-{_cache_config(work)}
+{cache_config(work)}
 self.config = config
 """)
     body: list[edit.Statement] = []
@@ -60,25 +61,6 @@ self.config = config
     work.put(plain_module(cls))
     work.did.append(
         f"{facts.model}: input_ids and positions are [num_tokens]; make_layers names each layer."
-    )
-
-
-def _cache_config(work: Work) -> str:
-    """The cache's configuration, without a window that the original reads and does not apply.
-
-    vLLM's Attention takes the config's window where it is not given one.
-    """
-    facts = work.facts
-    reads = "sliding_window" in {name for name, _ in facts.config_fields}
-    if not reads or facts.attention is None or facts.attention.latent is not None:
-        return "cache_config = vllm_config.cache_config"
-    if "per_layer_sliding_window" in edit.code(work.cls(facts.attention.cls)):
-        return "cache_config = vllm_config.cache_config"
-    work.did.append(f"{facts.model}: no window, as in the original, whatever the config has.")
-    return (
-        "# The original attends to all tokens whatever config.sliding_window is.\n"
-        "cache_config = copy(vllm_config.cache_config)\n"
-        "cache_config.sliding_window = None"
     )
 
 

@@ -56,3 +56,22 @@ def _kinds(forward: cst.FunctionDef) -> dict[str, str]:
         if len(keys) == 1:
             found[edit.code(target)] = keys[0]
     return found
+
+
+def cache_config(work: Work) -> str:
+    """The cache's configuration, without a window that the original reads and does not apply.
+
+    vLLM's Attention takes the config's window where it is not given one.
+    """
+    facts = work.facts
+    reads = "sliding_window" in {name for name, _ in facts.config_fields}
+    if not reads or facts.attention is None or facts.attention.latent is not None:
+        return "cache_config = vllm_config.cache_config"
+    if "per_layer_sliding_window" in edit.code(work.cls(facts.attention.cls)):
+        return "cache_config = vllm_config.cache_config"
+    work.did.append(f"{facts.model}: no window, as in the original, whatever the config has.")
+    return (
+        "# The original attends to all tokens whatever config.sliding_window is.\n"
+        "cache_config = copy(vllm_config.cache_config)\n"
+        "cache_config.sliding_window = None"
+    )

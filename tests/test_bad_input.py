@@ -340,8 +340,15 @@ def test_a_second_kernel_is_told_who_holds_the_port(port):
     assert cli("draft", "forward", "--apply")[0] == 0
 
 
-@pytest.mark.parametrize("command", ["draft forward --apply", "undo"])
-def test_sigkill_of_the_command_line_loses_nothing(port, command):
+@pytest.mark.parametrize(
+    ("command", "how"),
+    [
+        ("draft forward --apply", signal.SIGKILL),
+        ("undo", signal.SIGKILL),
+        ("draft forward --apply", signal.SIGINT),
+    ],
+)
+def test_a_signal_to_the_command_line_loses_nothing(port, command, how):
     """At random moments, the most of them while it writes; afterwards everything works."""
     if command == "undo":
         assert apply_draft(port, "forward").status == "success"
@@ -352,17 +359,21 @@ def test_sigkill_of_the_command_line_loses_nothing(port, command):
     after = port.source
     assert before != after
     chance = random.Random(7)
-    for _ in range(5):
+    for _ in range(5 if how == signal.SIGKILL else 3):
         if command != "undo":
             port.modeling.write_text(before)
         elif port.source == after:
             assert apply_draft(port, "forward").status == "success"
         victim = subprocess.Popen(
-            [*PORTKIT, *command.split()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [*PORTKIT, *command.split()],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         time.sleep(whole * chance.uniform(0.6, 1.1))
-        victim.kill()
-        victim.wait()
+        victim.send_signal(how)
+        _, errors = victim.communicate()
+        assert how == signal.SIGKILL or "Traceback" not in errors, errors
         assert port.modeling.read_text() in (before, after)
         assert process("status").returncode == 0
         assert port.modeling.read_text() in (before, after)

@@ -134,6 +134,12 @@ def grabs(say):
     return len(b"x" * (30 << 30))
 
 
+def breeds(say):
+    import threading
+    while True:
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+
+
 def floods(say):
     line = "x" * 99
     for i in range(1_000_000):
@@ -390,6 +396,13 @@ def test_thirty_gigabytes_at_once_cost_the_job_only(live: Live):
     result = call(live, "grabs", max_memory_mib=300)
     assert not result.ok and result.where.startswith("code_of_port.py:")
     assert "in grabs" in result.where
+    assert call(live, "add", a=1, b=1).ok
+
+
+def test_a_bomb_of_threads_costs_the_job_only(live: Live):
+    result = call(live, "breeds")
+    assert result.status == "crashed" and "thousands of threads" in result.what
+    assert "in breeds" in result.where and "loop" in result.next
     assert call(live, "add", a=1, b=1).ok
 
 

@@ -29,6 +29,8 @@ from portkit.live.job import JobRequest
 
 DUMP_SIGNAL = signal.SIGUSR2
 """Sent to every process of a job that ran out of time: each writes where it is."""
+DUMP_ONE_SIGNAL = signal.SIGRTMIN + 5
+"""The same for the thread that gets it alone: of thousands, only the newest would be written."""
 
 
 def run_forked(
@@ -76,6 +78,7 @@ def _settle(request: JobRequest, stack_fd: int, scratch: Path) -> None:
     gc.freeze = gc.unfreeze = lambda: None
     faulthandler.enable(stack_fd, all_threads=True)
     faulthandler.register(DUMP_SIGNAL, stack_fd, all_threads=True)
+    faulthandler.register(DUMP_ONE_SIGNAL, stack_fd, all_threads=False)
     _note_exit(stack_fd)
     _bind_descendants()
     # What a job leaves in the temporary folder goes with it, except inductor's compile cache.

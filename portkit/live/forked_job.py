@@ -18,6 +18,9 @@ from portkit.live.job import JobRequest
 from portkit.live.log import LogSink
 
 MEMORY_TICK = 0.1
+MOST_THREADS = 4096 + 64 * (os.cpu_count() or 1)
+"""Of all processes of a job together. Eight ranks have some hundred; beyond this, a loop starts
+them, and soon nobody else on the machine could start one."""
 DUMP_SECONDS = 1.0
 """How long a job that ran out of time may take to write where it is."""
 LEAVE_SECONDS = 2.0
@@ -163,9 +166,11 @@ class ForkedJob:
             self.peak_mib = max(self.peak_mib, memory)
             if memory > self.limit_mib and not self.answered_at:
                 self.cause = self.cause or "memory"
+            if processes.threads_of((self.pid, *below)) > MOST_THREADS and not self.answered_at:
+                self.cause = self.cause or "threads"
         if not self.cause and not self.answered_at and now - self.started > self.request.timeout:
             self.cause = "timeout"
-        if self.cause in ("timeout", "memory"):
+        if self.cause in ("timeout", "memory", "threads"):
             self._ask_for_stacks()
         if self.cause or (self.answered_at and now - self.answered_at > LEAVE_SECONDS):
             processes.kill_tree(self.pid)
@@ -178,11 +183,14 @@ class ForkedJob:
     def _ask_for_stacks(self) -> None:
         """Have every process of the job write its stack, and wait for that while it still grows.
 
-        Ranks first: when one of them hangs, the job's own process only waits for it.
+        Ranks first: when one of them hangs, the job's own process only waits for it. Of too many
+        threads or processes only the job's own main thread is asked.
         """
-        for process in (*reversed(processes.descendants(self.pid)), self.pid):
+        ranks = reversed(processes.descendants(self.pid))
+        one = self.cause == "threads"
+        for process in (*(() if one else ranks), self.pid):
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(process, child.DUMP_SIGNAL)
+                os.kill(process, child.DUMP_ONE_SIGNAL if one else child.DUMP_SIGNAL)
                 time.sleep(0.05)
         end, size = time.monotonic() + DUMP_SECONDS, -1
         while time.monotonic() < end:

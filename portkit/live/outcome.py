@@ -55,6 +55,14 @@ def _unanswered(
             + (" at that line" if hung_at else "")
             + "; use a smaller checkpoint or a shorter sequence.",
         }
+    if done["cause"] == "threads":
+        return "crashed", {
+            "what": "The job was stopped because it started thousands of threads or processes"
+            + (f"; it was at {hung_at}" if hung_at else "")
+            + ".",
+            "next": "Look for a loop that starts them; vLLM makes the ranks and threads that a "
+            "model needs.",
+        }
     if done["cause"] == "interrupted":
         return "interrupted", {
             "what": "The job was stopped before it had an answer.",

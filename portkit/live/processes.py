@@ -36,6 +36,15 @@ def thread_count(pid: int | str = "self") -> int:
     return len(os.listdir(f"/proc/{pid}/task"))
 
 
+def threads_of(pids: Iterable[int]) -> int:
+    """Return how many threads these processes have together; one that is gone has none."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            total += thread_count(pid)
+    return total
+
+
 def children(pid: int) -> list[int]:
     """Return the direct children of a process, whichever of its threads started them."""
     found: list[int] = []

@@ -60,3 +60,22 @@ def test_scores_that_are_changed_in_an_unknown_way_are_not_dropped() -> None:
     assert line in source
     source = source.replace(line, line + "            attention_scores = attention_scores.exp()\n")
     assert drafted(source, architecture, "forward").status == "failed"
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("xlnet", "scores positions relative to each other beside its keys (rel_shift)"),
+        ("gptj", "cannot be followed beyond `query = self._split_heads(query, "),
+        ("codegen", "attends by hand with a module nn.Softmax"),
+        ("cpmant", "`score = score + position_bias`. vLLM's Attention adds nothing to scores but"),
+    ],
+)
+def test_where_an_attention_by_hand_is_lost_is_named_with_its_line(model: str, words: str) -> None:
+    architecture, source = copied(model)
+    outcome = drafted(source, architecture, "forward")
+    assert outcome.status == "failed"
+    assert words in outcome.reason
+    line = int(outcome.reason.split("line ")[1].split(":")[0])
+    quoted = outcome.reason.split("`")[1:2] or ["Softmax(" if model == "codegen" else "def rel_"]
+    assert quoted[0] in source.splitlines()[line - 1]

@@ -6,6 +6,7 @@ import ast
 from itertools import pairwise
 
 from portkit.analysis.classes import ClassView, ModuleView, argument, call_name, text, view_module
+from portkit.analysis.computes import logit_operations, residual_shape
 from portkit.analysis.facts import (
     EmbeddingFacts,
     HeadFacts,
@@ -29,7 +30,7 @@ from portkit.analysis.recurrent import (
     kind_of,
     read_recurrent,
 )
-from portkit.analysis.roles import missing_layers
+from portkit.analysis.roles import missing_attention, missing_layers
 from portkit.analysis.rotary import layout_of
 from portkit.analysis.rotary_table import rotary_table_of
 
@@ -174,7 +175,7 @@ class Reader:
         forward = text(view.forward) if view.forward else ""
         attr = attention[0] if attention else ""
         first = attr or next(iter(recurrent), "")
-        residual = _residual(forward, norms, first, mlps)
+        residual = residual_shape(forward, norms, first, mlps)
         return LayerFacts(
             view.name, view.line, attr, tuple(mlps), norms, residual, tuple(recurrent)
         )
@@ -214,7 +215,7 @@ class Reader:
                     if isinstance(s, ast.Assign)
                 )
             )
-            scale, cap = _logit_operations(view)
+            scale, cap = logit_operations(view)
             default = "True" if name == "Linear" else "False"
             return HeadFacts(item.attr, text(bias) or default, item.line, ties, scale, cap)
         return None
@@ -256,9 +257,7 @@ def read_facts(source: str, architecture: str) -> ModelFacts:
     to_attention = next((p for v in views if (p := path_to_attention(reader, v))), [])
     attention = to_attention[-1] if to_attention else None
     if views and attention is None and not recurrent:
-        reader.cannot_tell(
-            "roles", f"no submodule of {views[0].name} is an attention", views[0].line
-        )
+        reader.cannot_tell("roles", *missing_attention(reader.module, views[0]))
     rotary = reader.rotary(model, attention[1] if attention else None)
     attention_facts = read_attention(reader, attention[1]) if attention else None
     made = _mlp_classes(reader, views, every)
@@ -363,52 +362,3 @@ def _config_class(module: ModuleView, *views: ClassView | None) -> str:
         ),
         "",
     )
-
-
-def _residual(forward: str, norms: tuple[NormUse, ...], attention: str, mlps: list[str]):
-    """Shape of the residual stream, from the order in which the layer calls its parts."""
-    order = []
-    try:
-        tree = ast.parse(forward)
-    except SyntaxError:
-        return "other"
-    names = {n.attr: "norm" for n in norms} | {attention: "attention"} | {m: "mlp" for m in mlps}
-    calls = [
-        n for n in ast.walk(tree) if isinstance(n, ast.Call) and call_name(n).startswith("self.")
-    ]
-    for call in sorted(calls, key=lambda n: (n.lineno, -n.col_offset)):
-        kind = names.get(call_name(call).removeprefix("self."))
-        if kind:
-            order.append(kind)
-    return {
-        ("norm", "attention", "norm", "mlp"): "pre",
-        ("norm", "attention", "norm", "norm", "mlp", "norm"): "sandwich",
-        ("attention", "norm", "mlp", "norm"): "post",
-        ("norm", "attention", "mlp"): "parallel",
-        ("norm", "norm", "attention", "mlp"): "parallel",
-    }.get(tuple(order), "other")
-
-
-def _logit_operations(view: ClassView) -> tuple[str, str]:
-    """(scale, soft cap) that the class applies to logits, by dividing, multiplying and tanh."""
-    scale = cap = ""
-    for method in (view.methods.get("compute_logits"), view.forward):
-        if method is None or scale or cap:
-            continue
-        statements = [
-            s
-            for s in ast.walk(method)
-            if isinstance(s, ast.Assign) and text(s.targets[0]) == "logits"
-        ]
-        values = [s.value for s in sorted(statements, key=lambda s: s.lineno)]
-        tanh = any(call_name(v).rsplit(".", 1)[-1] == "tanh" for v in values)
-        for value in values:
-            if isinstance(value, ast.BinOp) and text(value.left) == "logits":
-                factor = text(view.resolve(value.right)).replace("self.config.", "config.")
-                if tanh:
-                    cap = factor
-                elif isinstance(value.op, ast.Div):
-                    scale = f"1 / {factor}"
-                elif isinstance(value.op, ast.Mult):
-                    scale = factor
-    return scale, cap

@@ -54,6 +54,32 @@ def missing_layers(module: ModuleView, lm: ClassView) -> tuple[str, int]:
     return f"no submodule of {lm.name} holds a list of decoder layers", lm.line
 
 
+def missing_attention(module: ModuleView, layer: ClassView) -> tuple[str, int]:
+    """(what stands in the way, line), for a decoder layer without an attention that is known."""
+    made = {call_name(item.value) for item in layer.assigned}
+    for view in (view for name, view in module.classes.items() if name in made):
+        written = text(view.node)
+        if not any(w in written for w in ("softmax(", "Softmax(")):
+            continue
+        if (shift := next((m for m in view.methods.values() if "shift" in m.name), None)) and (
+            "einsum" in written
+        ):
+            return (
+                f"{view.name} scores positions relative to each other beside its keys "
+                f"({shift.name}): vLLM's Attention knows one score for a query and a key, "
+                "and ALiBi's bias",
+                shift.lineno,
+            )
+        if "Softmax(" in written:
+            line = next(n.lineno for n in ast.walk(view.node) if call_name(n).endswith(".Softmax"))
+            return (
+                f"{view.name} attends by hand with a module nn.Softmax, which cannot be followed: "
+                "write nn.functional.softmax there",
+                line,
+            )
+    return f"no submodule of {layer.name} is an attention", layer.line
+
+
 def _nested_recurrence(module: ModuleView, layer: str) -> tuple[str, int] | None:
     """What a layer class in a branch of an `if` keeps from token to token, if it does."""
     top = {id(view.node) for view in module.classes.values()}

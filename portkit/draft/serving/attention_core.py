@@ -8,6 +8,7 @@ core give way to one call; projections, clipping and what follows the heads stay
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import libcst as cst
@@ -19,6 +20,9 @@ from portkit.draft.serving.core_values import HEADS, OTHER, Value
 from portkit.draft.work import set_method
 
 Env = dict[str, Value]
+_WORD = re.compile(r"\w+")
+_SETTINGS = re.compile(r"\w+\.(dtype|device|shape\b|size\()")
+"""What is asked of a tensor without its numbers."""
 
 
 class AttentionCore(CoreExpressions):
@@ -89,6 +93,8 @@ class AttentionCore(CoreExpressions):
             return []
         if got.kind == "tensor" and got.axes == ("b", "s", "h", "d"):
             node = self._plain_view(node, got)
+        if got.kind in ("other", "plain"):
+            self._loses(node, edit.assigned(node)[1], env)
         env[name] = got
         if got.kind in ("scores", "probs", "context", "mask", "bias"):
             return []
@@ -129,6 +135,8 @@ class AttentionCore(CoreExpressions):
             env.update({name: OTHER for name in names[1:]})
             return made
         parts = got.parts if len(got.parts) == len(names) else (OTHER,) * len(names)
+        if any(part.kind == "other" for part in parts):
+            self._loses(node, value, env)
         for name, part in zip(names, parts, strict=True):
             keeps = part.kind == "tensor" and part.axes == HEADS
             env[name] = replace(part, canonical=name) if keeps else part
@@ -210,8 +218,22 @@ class AttentionCore(CoreExpressions):
             value = value.left.elements[0].value  # [output] + weights
         return node.with_changes(body=[small.with_changes(value=value)])
 
+    def _loses(self, node: edit.Statement, value: cst.BaseExpression, env: Env) -> None:
+        """Keep the first statement whose result is unknown though it reads what was followed."""
+        followed = {n for n, v in env.items() if v.kind in ("tensor", "scores", "probs")}
+        read = set(_WORD.findall(_SETTINGS.sub("", edit.code(value))))
+        if self.lost is None and read & followed:
+            written = edit.code(node).strip().splitlines()
+            code = [line for line in written if line and not line.startswith("#")]
+            shown = code[0] + (" ..." if len(code) > 1 else "")
+            self.lost = self.stop(f"attends by hand and cannot be followed beyond `{shown}`", node)
+            adds = isinstance(value, cst.BinaryOperation) and isinstance(value.operator, cst.Add)
+            if adds and any(env[n].kind == "scores" for n in read & followed):
+                self.lost.next = "vLLM's Attention adds nothing to scores but ALiBi's bias."
+
     def stop(self, what: str, node: cst.CSTNode) -> Blocker:
-        wanted = edit.code(node).strip().splitlines()[0]
+        written = edit.code(node).strip().splitlines()
+        wanted = next(line for line in written if line and not line.startswith("#"))
         line = next((n for n, x in enumerate(self.source, 1) if wanted in x), self.first_line)
         return Blocker(f"{self.cls}.forward {what}.", line)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import libcst as cst
 
 from portkit.draft import edit
+from portkit.draft.blocker import Blocker
 from portkit.draft.serving.core_values import (
     HEADS,
     MASK,
@@ -49,6 +50,8 @@ class CoreExpressions:
         """Source of a size -> its letter, once a view of a projection has shown it."""
         self.head_dim = ""
         self.attended = False
+        self.lost: Blocker | None = None
+        """Where the first tensor went out of sight; of no matter if it attends all the same."""
 
     def value(self, node: cst.BaseExpression, env: dict[str, Value]) -> Value:
         if isinstance(node, cst.Name):

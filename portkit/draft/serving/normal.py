@@ -9,6 +9,7 @@ import libcst as cst
 from portkit.analysis.classes import view_module
 from portkit.analysis.read_blocks import linears_of
 from portkit.draft import edit, prune
+from portkit.draft.blocker import Blocker
 from portkit.draft.imports import VLLM_NAMES
 from portkit.draft.serving import inline
 from portkit.draft.serving.alibi import alibi_functions, with_slopes
@@ -45,6 +46,8 @@ class NormalForm:
     """(piece of a name in the checkpoint, in the file) of linears that were wrapped."""
     notes: tuple[str, ...] = ()
     """What the reader must know about what was left out."""
+    lost: tuple[tuple[str, Blocker], ...] = ()
+    """Classes that attend by hand in a way that could not be followed, and where that begins."""
 
 
 def normal_form(module: cst.Module, architecture: str) -> NormalForm:
@@ -85,9 +88,12 @@ def normal_form(module: cst.Module, architecture: str) -> NormalForm:
     if by_hand or renamed:
         served = specialise(module, architecture, alibi)
         module = served.module
+    lost: list[tuple[str, Blocker]] = []
     for cls in _served_classes(module, served):
         if _attends_by_hand(cls):
-            module = _replaced(module, _with_core_called(module, cls, served))
+            cls, blocker = _with_core_called(module, cls, served)
+            module = _replaced(module, cls)
+            lost += [(cls.name.value, blocker)] if blocker is not None else []
     if "torch.tril(" in source:
         for cls in _served_classes(module, served):
             module = _replaced(module, without(cls, causal_buffers(cls).attrs))
@@ -95,7 +101,19 @@ def normal_form(module: cst.Module, architecture: str) -> NormalForm:
     if alibi:
         module, told = with_slopes(module)
         notes += told
-    return NormalForm(module, transposed, renamed, tuple(notes))
+    return NormalForm(module, transposed, renamed, tuple(notes), _placed(lost, module.code))
+
+
+def _placed(lost: list[tuple[str, Blocker]], source: str) -> tuple[tuple[str, Blocker], ...]:
+    """The blockers at their statement's line in `source`; they were found in an earlier form."""
+    lines = source.splitlines()
+    found = []
+    for cls, blocker in lost:
+        start = next(i for i, line in enumerate(lines) if line.startswith(f"class {cls}("))
+        shown = blocker.what.split("`")[1].removesuffix(" ...")
+        line = next((i for i, x in enumerate(lines[start:], start + 1) if shown in x), 0)
+        found.append((cls, Blocker(blocker.what, line, blocker.next)))
+    return tuple(found)
 
 
 def _with_sequences(module: cst.Module) -> cst.Module:
@@ -155,7 +173,10 @@ def _in_one_piece(module: cst.Module, cls: cst.ClassDef) -> cst.ClassDef:
     return set_method(cls, inline.without_aliases(first_output(forward)))
 
 
-def _with_core_called(module: cst.Module, cls: cst.ClassDef, served: Specialised) -> cst.ClassDef:
+def _with_core_called(
+    module: cst.Module, cls: cst.ClassDef, served: Specialised
+) -> tuple[cst.ClassDef, Blocker | None]:
+    """The class with its core as one call; where it was lost if there is no such call."""
     passed = served.passed[cls.name.value, "forward"]
     view = view_module(module.code).classes[cls.name.value]
     buffers = causal_buffers(cls)
@@ -173,4 +194,5 @@ def _with_core_called(module: cst.Module, cls: cst.ClassDef, served: Specialised
     )
     new = core.run(forward)
     cls = set_method(cls, edit.with_body(new, prune.live_body(edit.body_of(new))))
-    return core.name_head_dim(without(cls, buffers.attrs))
+    cls = core.name_head_dim(without(cls, buffers.attrs))
+    return cls, None if core.attended else core.lost

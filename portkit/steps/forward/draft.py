@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import libcst as cst
 
+from portkit.analysis.classes import call_name, view_module
 from portkit.analysis.facts import facts_of
 from portkit.draft import source_draft
 from portkit.draft.blocker import Blocker
@@ -44,6 +45,9 @@ def draft_source(source: str, architecture: str) -> Work:
 
 def _drafted(work: Work, form: NormalForm) -> Work:
     facts = work.facts
+    for cls, blocker in form.lost:
+        if facts.layer is not None and cls in _attentions(work):
+            raise blocker
     source_draft.need_roles(work)
     refuse_unknown(work)
     drop_buffers_from_outside(work)
@@ -67,6 +71,16 @@ def _drafted(work: Work, form: NormalForm) -> Work:
     port_norms(work)
     work.module = cst.parse_module(finish(work))
     return work
+
+
+def _attentions(work: Work) -> set[str]:
+    """The attention's class; where none is known, all that a decoder layer makes."""
+    if work.facts.attention is not None:
+        return {work.facts.attention.cls}
+    if work.facts.recurrent:
+        return set()
+    layer = view_module(work.module.code).classes[work.facts.layer.cls]
+    return {call_name(item.value) for item in layer.assigned}
 
 
 def _in_source(blocker: Blocker, normal: str, source: str) -> Blocker:

@@ -31,8 +31,10 @@ def harden(model: torch.nn.Module, spread: float) -> None:
             elif "embed" in name or "wte" in name or "wpe" in name:
                 parameter.copy_(spread * noise)
             else:
-                # Twice the usual spread: attention that is sharp, logits that are apart.
-                parameter.copy_(2.0 * noise / max(parameter.shape[-1], 1) ** 0.5)
+                # Twice the usual spread: attention that is sharp, logits that are apart. A selective
+                # scan multiplies what x_proj makes (time step, B, C), and its rounding with it.
+                sharp = 0.5 if "x_proj" in name else 2.0
+                parameter.copy_(sharp * noise / max(parameter.shape[-1], 1) ** 0.5)
     for name, buffer in model.named_buffers():
         # Corrections of routing scores are kept as buffers, of zeros before training.
         if name.endswith("bias") and buffer.is_floating_point():

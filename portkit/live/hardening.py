@@ -31,8 +31,8 @@ def harden(model: torch.nn.Module, spread: float) -> None:
             elif "embed" in name or "wte" in name or "wpe" in name:
                 parameter.copy_(spread * noise)
             else:
-                # Twice the usual spread: attention that is sharp, logits that are apart. A selective
-                # scan multiplies what x_proj makes (time step, B, C), and its rounding with it.
+                # Twice the usual spread: attention that is sharp, logits that are apart. But a
+                # selective scan multiplies what x_proj makes (time step, B, C), and its rounding.
                 sharp = 0.5 if "x_proj" in name else 2.0
                 parameter.copy_(sharp * noise / max(parameter.shape[-1], 1) ** 0.5)
     for name, buffer in model.named_buffers():

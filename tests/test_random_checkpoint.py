@@ -28,3 +28,14 @@ def test_an_attention_without_a_scale_has_it_in_its_queries(
         if name.endswith("q_proj.weight"):
             key = weights[name.replace("q_proj", "k_proj")]
             assert query.std() / key.std() == pytest.approx(query_to_key, rel=0.1)
+
+
+def test_embeddings_for_each_layer_are_made_small_too(tmp_path: Path) -> None:
+    done = live_for(None).run(
+        "random_checkpoint",
+        architecture="Gemma4ForCausalLM",
+        model_type="gemma4_text",
+        out=str(tmp_path),
+    )
+    assert done.ok, done.what
+    assert done.value["parameters"] < 2_000_000

@@ -29,6 +29,8 @@ MAX_PARAMETERS = 20_000_000
 
 SIZES: dict[str, int] = {
     "vocab_size": 509,
+    "vocab_size_per_layer_input": 509,
+    "hidden_size_per_layer_input": 16,
     "hidden_size": 128,
     "n_embd": 128,
     "d_model": 128,

@@ -2,14 +2,17 @@
 
 Each such field is given another value in a copy of the config, and Transformers' model is built and
 run again with the checkpoint's weights: does its answer change?
-value: fields (one row each: name, value, other value, line and class in the original, effect: how
-far log-probabilities move, inf where the model's shapes change or where a token then sees later
-ones, None where nothing could be tried), read (fields that the port reads), file (of the original).
+value: fields (one row each: name, value, other value, usual: a switch or a name that stands at its
+default, line and class in the original, effect: how far log-probabilities move, inf where the
+model's shapes change or where a token then sees later ones, None where nothing could be tried),
+read (fields that the port reads), file (of the original).
 """
 
 from __future__ import annotations
 
+import ast
 import copy
+import importlib.util
 import inspect
 import time
 from collections.abc import Callable
@@ -33,6 +36,9 @@ SECONDS = 8.0
 TOKENS = 40
 PART = 20
 """Of them; what a decoder says about these does not depend on the others."""
+ENGINE = {"sliding_window"}
+"""Fields that vLLM reads for the port: Attention takes cache_config.sliding_window."""
+MODELS = "vllm.model_executor.models."
 ROUNDING = 1e-3
 """A smaller difference of log-probabilities may be sums in another order."""
 
@@ -46,7 +52,7 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     file = Path(inspect.getsourcefile(cls) or "")
     theirs = config_reads(file.read_text(encoding="utf-8"))
     alias = dict(getattr(type(original.config), "attribute_map", {}))
-    ours = {alias.get(name, name) for name in config_reads(port.source)}
+    ours = {alias.get(name, name) for name in _reads(port.source)} | ENGINE
     fields = set(original.config.to_dict()) | set(alias.values())
     ignored = [
         (name, read)
@@ -56,6 +62,7 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     trial = _Trial(original, cls)
     say(f"trying {len(ignored)} fields of the config that the port does not read")
     rows = []
+    plain = _default(original.config)
     until = time.monotonic() + SECONDS
     for name, read in ignored:
         value = getattr(original.config, name, None)
@@ -64,6 +71,7 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
             {
                 "name": name,
                 "value": _plain(value),
+                "usual": isinstance(value, bool | str) and value == getattr(plain, name, None),
                 "other": _plain(other),
                 "line": read.line,
                 "class": read.cls,
@@ -71,6 +79,16 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
             }
         )
     return {"fields": rows, "read": sorted(ours & fields), "file": file.name}
+
+
+def _reads(source: str) -> set[str]:
+    """Return the fields that a port reads, itself or in a model of vLLM that it builds on."""
+    found = set(config_reads(source))
+    for node in ast.walk(ast.parse(source)):
+        module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+        if module.startswith(MODELS) and (spec := importlib.util.find_spec(module)):
+            found |= set(config_reads(Path(spec.origin or "").read_text(encoding="utf-8")))
+    return found
 
 
 class _Trial:
@@ -131,6 +149,14 @@ def _others(value: Any) -> tuple[Any, ...]:
     if isinstance(value, str) and value in ACT2FN:
         return tuple(a for a in ("relu", "silu") if a != value)[:1]
     return ()
+
+
+def _default(config: Any) -> Any:
+    """Return a config of the same class as its author meant it; None if it needs arguments."""
+    try:
+        return type(config)()
+    except Exception:
+        return None
 
 
 def _plain(value: Any) -> Any:

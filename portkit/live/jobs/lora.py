@@ -19,19 +19,19 @@ from typing import Any
 import numpy as np
 from torch import nn
 from vllm.lora.request import LoRARequest
-from vllm.model_executor.models import supports_lora
 
 from portkit.live import adapters
 from portkit.live.checkpoint import open_checkpoint
 from portkit.live.device import find_device
 from portkit.live.engine import Engine, start
 from portkit.live.job import JobRequest
-from portkit.live.portmodule import port_class
 from portkit.live.prompts import prompts_for
 from portkit.live.quantised import logprobs
 from portkit.live.reference import load_model, original_class
 from portkit.port import Port
 
+REFUSED = "does not support LoRA"
+"""What vLLM says of a class without SupportsLoRA (v1/worker/lora_model_runner_mixin.py)."""
 ROWS = 8
 """Prompts; each is judged by the distribution after its last token. vLLM's CPU build cannot give
 those after the other tokens where the head takes adapters too."""
@@ -41,8 +41,6 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     """Adapt, run, compare; what vLLM or the port raises passes through."""
     port = Port(Path(request.port_root))
     checkpoint = open_checkpoint(port.checkpoint)
-    if not supports_lora(port_class(port)):
-        return {"nothing": "the class does not say SupportsLoRA, so vLLM takes no adapter for it"}
     if find_device()[0] == "cpu" and "FusedMoE" in port.source:
         return {"nothing": "experts beside adapters run on a Triton kernel, which needs a GPU"}
     original = load_model(original_class(port), checkpoint)
@@ -50,9 +48,20 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     if not paths:
         return {"nothing": "the original has no linear layer that its checkpoint names"}
     say("starting vLLM with LoRA")
+    try:
+        return _with_engine(port, original, paths, request.args.get("loader", "portkit"), say)
+    except ValueError as error:
+        if REFUSED not in str(error):
+            raise
+        return {"nothing": "the class does not say SupportsLoRA, so vLLM takes no adapter for it"}
+
+
+def _with_engine(
+    port: Port, original: nn.Module, paths: list[str], loader: str, say: Callable[[str], None]
+) -> dict[str, Any]:
     with start(
         port.root,
-        loader=request.args.get("loader", "portkit"),
+        loader=loader,
         enable_lora=True,
         max_lora_rank=adapters.RANK,
         enable_prompt_embeds=False,

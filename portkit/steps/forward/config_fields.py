@@ -17,8 +17,8 @@ class ConfigFields(Check):
 
     Fields that the port leaves out are given other values: Transformers' model is built with each
     and run. One that moves the answer is a fault that this checkpoint may hide, since it may have
-    the value that does nothing (a scale of 1). Not covered: fields that change the weights' shapes
-    (loading sees those) or make it no decoder.
+    the value that does nothing (a scale of 1). Switches and names at their default are only told.
+    Not covered: fields that change the weights' shapes (loading sees those) or make it no decoder.
     """
 
     id = "config_fields"
@@ -47,11 +47,17 @@ class ConfigFields(Check):
             ),
             "With another value, and this checkpoint's weights, in Transformers.",
         )
-        passed_over = [r for r in rows if r["effect"] and r["effect"] < math.inf]
+        moving = [r for r in rows if r["effect"] and r["effect"] < math.inf]
+        passed_over = [r for r in moving if not r["usual"]]
         if not passed_over:
+            rest = "".join(
+                f" config.{row['name']} is not read: the port is for {row['value']} alone."
+                for row in moving
+            )
             return self.passed(
-                f"The port reads {len(found['read'])} fields of the config; of the others none "
-                f"that {found['file']} reads moves the answer ({len(rows)} of them).",
+                f"The port reads {len(found['read'])} fields of the config; of the "
+                f"{len(rows) - len(moving)} others that {found['file']} reads none moves the "
+                f"answer.{rest}",
                 table,
                 job=job,
             )

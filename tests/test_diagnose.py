@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from portkit.adopt import adopt, adopted
 from portkit.autopilot import to_catch_up
+from portkit.checks.base import CheckContext
 from portkit.checks.verdict import Verdict
 from portkit.cli import app
 from portkit.diagnosis.flips import compiles, flips_of
@@ -18,6 +19,7 @@ from portkit.diagnosis.order import checks_that_apply, steps_that_apply
 from portkit.diagnosis.values import Diagnosis, Trial
 from portkit.errors import PortkitError
 from portkit.lint.context import original_source
+from portkit.live.client import live_for
 from portkit.port import Port, open_port
 from portkit.report.diagnosis import diagnosis_report
 
@@ -194,3 +196,19 @@ def test_the_flip_that_heals_a_port_is_found_live(port):
     assert "certain" in result.output and "rotary layout is the other one" in result.output
     assert "✓ heals" in (port.root / "page.html").read_text()
     assert open_port(port.root).source == bad
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(300)
+def test_the_deviation_of_vllms_own_bloom_is_named(tmp_path):
+    """Its attention adds no residual inside, as Transformers' does: that is no divergence."""
+    port = adopt("vllm.model_executor.models.bloom", architecture="bloom", root=tmp_path)
+    check = next(c for c in checks_that_apply(port) if c.id == "prefill_parity")
+    try:
+        verdict = check().run(CheckContext(port, live_for(port), loader="port"))
+    finally:
+        live_for(port).close()
+    assert verdict.status == "failed" and "mlp.dense_4h_to_h" in verdict.what
+    assert verdict.causes[0].startswith(
+        "The activation is gelu, the original's is gelu in its tanh form"
+    )

@@ -240,8 +240,10 @@ class Diagnosis(Evidence):
             and getattr(self._original(path), "weight", None) is not None
         ]
         branches = [(p, t) for p, t in branches if t is not None and t.shape == self._ours().shape]
-        if not branches or (product and len(branches) != 2):
+        if not branches or (product and len(branches) > 2):
             return
+        # A feed-forward without a gate has one branch, and nothing to multiply by.
+        product = product and len(branches) == 2
         target = self.theirs.values[self.at.path, self.at.role]
 
         def tried(name: str, which: int) -> torch.Tensor:

@@ -53,8 +53,13 @@ def walk(
 ) -> tuple[list[Step], Divergence | None]:
     """Compare in the original's order of computing; stop at the first that differs.
 
-    `tolerance` is relative to the largest value of the reference there.
+    `tolerance` is relative to the largest value of the reference there. A module with others inside
+    may differ because the port cuts the work elsewhere (a residual added outside of it): then what
+    follows agrees, and it is not what is wrong.
     """
+    doubt: Divergence | None = None
+    followed = False
+    """Whether something agreed behind the module in doubt."""
     packed = fused_parts(port)
     modules = dict(port.named_modules(remove_duplicate=False))
     steps: list[Step] = []
@@ -119,11 +124,18 @@ def walk(
                 distance, worst = again, float(again.max())
         ok = worst <= tolerance * scale
         steps.append(Step(path, role, tuple(reference.shape), worst, worst / scale, ok))
-        if not ok:
+        holds = role == "out" and _holds_others(modules.get(path))
+        around = holds and doubt is not None and doubt.path.startswith(f"{path}.")
+        if ok:
+            followed = followed or not holds
+            doubt = None if around else doubt
+        else:
+            if doubt is not None and (around or not (holds or followed)):
+                return steps, doubt
             beyond = (distance.max(dim=1).values > tolerance * scale).nonzero()
             position = int(beyond[0])
             column = int(distance[position].argmax())
-            return steps, Divergence(
+            here = Divergence(
                 path,
                 role,
                 "value",
@@ -136,7 +148,10 @@ def walk(
                 tuple(found.shape),
                 tuple(reference.shape),
             )
-    return steps, None
+            if not holds:
+                return steps, here
+            doubt, followed = here, False
+    return steps, doubt
 
 
 def paired(
@@ -164,6 +179,10 @@ def paired(
 def _distance(found: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Return |difference| [rows, width]; a NaN is infinitely far."""
     return torch.nan_to_num((found - reference).abs(), nan=float("inf"))
+
+
+def _holds_others(module: nn.Module | None) -> bool:
+    return module is not None and any(True for _ in module.children())
 
 
 def fuses(module: nn.Module | None) -> bool:

@@ -92,15 +92,21 @@ def _rotation_if(work: Work) -> RotationIf | None:
     conditions = [a.condition.replace("self.config", "config") for a in made if a.condition]
     cls = work.cls(facts.model)
     for loop in edit.find(edit.method(cls, "forward"), lambda n: isinstance(n, cst.For)):
-        conditions += _handed_if(loop)
+        handed = _handed_if(loop)
+        if handed is None:
+            return None
+        conditions += handed
     names = {n.id for c in conditions for n in ast.walk(ast.parse(c)) if isinstance(n, ast.Name)}
     if not conditions or not names <= {"config", "getattr", "hasattr", "layer_idx"}:
         return None
     return RotationIf(" and ".join(dict.fromkeys(conditions)))
 
 
-def _handed_if(loop: cst.For) -> list[str]:
-    """The condition in `position_embeddings=angles if self.config.types[i] == "x" else None`."""
+def _handed_if(loop: cst.For) -> list[str] | None:
+    """The condition in `position_embeddings=angles if self.config.types[i] == "x" else None`.
+
+    None if the angles are picked, too (`angles[base]`): a condition alone would lose the base.
+    """
     if not isinstance(loop.target, cst.Tuple):
         return []
     index = edit.code(loop.target.elements[0].value)
@@ -113,6 +119,8 @@ def _handed_if(loop: cst.For) -> list[str]:
             continue
         value = bound.get(edit.code(given.value), given.value)
         if isinstance(value, cst.IfExp) and edit.code(value.orelse) == "None":
+            if isinstance(value.body, cst.Subscript):
+                return None
             test = edit.flat(value.test).replace("self.config", "config")
             found.append(test.replace(f"[{index}]", "[layer_idx]"))
     return found

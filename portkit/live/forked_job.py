@@ -190,7 +190,10 @@ class ForkedJob:
         one = self.cause == "threads"
         for process in (*(() if one else ranks), self.pid):
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(process, child.DUMP_ONE_SIGNAL if one else child.DUMP_SIGNAL)
+                if one:
+                    processes.signal_main_thread(process, child.DUMP_ONE_SIGNAL)
+                else:
+                    os.kill(process, child.DUMP_SIGNAL)
                 time.sleep(0.05)
         end, size = time.monotonic() + DUMP_SECONDS, -1
         while time.monotonic() < end:

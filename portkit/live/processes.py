@@ -32,6 +32,21 @@ def die_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def signal_main_thread(pid: int, number: int) -> None:
+    """Send a signal to the main thread of a process; `os.kill` leaves the thread to the kernel.
+
+    Any thread may take a signal to the process, and one that is creating another thread (a bomb of
+    them) has it blocked.
+
+    Raises:
+        ProcessLookupError: there is no such process.
+        OSError: the signal cannot be sent.
+    """
+    if ctypes.CDLL(None, use_errno=True).tgkill(pid, pid, number):
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+
+
 def thread_count(pid: int | str = "self") -> int:
     return len(os.listdir(f"/proc/{pid}/task"))
 

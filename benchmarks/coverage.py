@@ -1,7 +1,7 @@
 """Draft a port of every decoder-only architecture of Transformers, run it in vLLM, compare.
 
-    python benchmarks/coverage.py [--only ARCH[,ARCH]] [--results FILE.jsonl] [--again failed|all]
-                                  [--parts port,backend,native] [--jobs N]
+    python benchmarks/coverage.py [--only ARCH[,ARCH]] [--parts port,backend,native] [--jobs N]
+                                  [--results FILE.jsonl] [--again failed|changed|all]
                                   [--write docs/coverage.md] [--show]
 
 For each in-scope architecture: a tiny hardened checkpoint in several safetensors shards, the drafts
@@ -12,9 +12,11 @@ and for ragged prompts and decoding on two. Beside it, on the same checkpoint: v
 backend and, where there is one, vLLM's native class.
 
 Results are kept per line in a file: a run that is stopped goes on where it was, and only what is
-asked for is done again. `--jobs` runs that many rows at a time, each in a worker of its own (about
-3 GiB and a core each). Rows of another device are kept beside (`--results` of both, comma
-separated, with --show or --write). Exits with 1 if a row that was run does not match.
+asked for is done again. `--again changed` makes each draft anew and runs those that did not match,
+and those whose source or checkpoint is not, byte for byte, that of the kept row. `--jobs` measures
+that many architectures at a time, each in a worker of its own (about 3 GiB and a core each).
+Rows of another device are kept beside (`--results` of both, comma separated, with --show or
+--write). Exits with 1 if a row that was run does not match.
 """
 
 from __future__ import annotations
@@ -37,9 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="architectures, comma separated")
     parser.add_argument("--results", default=".portkit/coverage.jsonl", help="where rows are kept")
-    parser.add_argument("--again", choices=("failed", "all"), help="rows to measure once more")
+    parser.add_argument(
+        "--again", choices=("failed", "changed", "all"), help="rows to measure once more"
+    )
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
-    parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="architectures at a time")
     parser.add_argument("--show", action="store_true", help="measure nothing, print the table")
     parser.add_argument("--write", type=Path, help="put the table into this file")
     args = parser.parse_args(argv)
@@ -64,31 +68,45 @@ def main(argv: list[str] | None = None) -> int:
 
 def _measure(wanted: list[str], store: Store, args: argparse.Namespace) -> bool:
     kept = store.rows()
-    everything = bool(args.only) or args.again == "all"
-    todo = [
-        (name, part)
+    everything = bool(args.only) or args.again in ("all", "changed")
+    todo = {
+        name: [
+            part
+            for part in args.parts.split(",")
+            if everything
+            or (name, part) not in kept
+            or (args.again == "failed" and not kept[name, part].matches)
+        ]
         for name in wanted
-        for part in args.parts.split(",")
-        if everything
-        or (name, part) not in kept
-        or (args.again == "failed" and not kept[name, part].matches)
-    ]
-    bad = False
+    }
+    known = kept if args.again == "changed" else {}
+    count, number, bad = sum(map(len, todo.values())), 0, False
     # Spawned: a fork would take along the threads and the worker of this process.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
-        rows = [pool.submit(_row, name, part) for name, part in todo]
-        for number, done in enumerate(as_completed(rows), 1):
-            row = done.result()
-            store.add(row)
-            print(f"{number}/{len(todo)} {one_line(row)}", flush=True)
-            bad |= row.part == "port" and not row.matches
+        jobs = [
+            pool.submit(
+                _rows,
+                name,
+                parts,
+                {part: known[name, part] for part in parts if (name, part) in known},
+            )
+            for name, parts in todo.items()
+            if parts
+        ]
+        for done in as_completed(jobs):
+            for row in done.result():
+                number += 1
+                if row != kept.get((row.architecture, row.part)):
+                    store.add(row)
+                print(f"{number}/{count} {one_line(row)}", flush=True)
+                bad |= row.part == "port" and not row.matches
     return bad
 
 
-def _row(name: str, part: str) -> CoverageRow:
+def _rows(name: str, parts: list[str], known: dict[str, CoverageRow]) -> list[CoverageRow]:
     with tempfile.TemporaryDirectory(prefix="portkit-coverage-") as folder:
-        return measure_architecture(name, part, Path(folder), _say)
+        return measure_architecture(name, parts, Path(folder), _say, known)
 
 
 def _say(text: str) -> None:

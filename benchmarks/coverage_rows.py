@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from portkit.architectures import in_scope
 from portkit.create import new_port
 from portkit.draft.pipeline import apply_draft
 from portkit.errors import PortkitError
-from portkit.live.client import live_for
+from portkit.live.client import Live, live_for
 from portkit.live.job import JobResult
 from portkit.port import Port
 
@@ -46,6 +47,8 @@ class CoverageRow:
     """Of Python, vLLM, torch and Transformers where the row was measured."""
     date: str
     seconds: float
+    digest: str = ""
+    """SHA-256 of what ran: the checkpoint's files and, of a port, the drafted source."""
 
 
 class Store:
@@ -76,36 +79,82 @@ class _Ended(Exception):
 
 
 def measure_architecture(
-    name: str, part: str, folder: Path, say: Callable[[str], None]
-) -> CoverageRow:
-    """Make the checkpoint and run one part. Whatever goes wrong becomes the row's reason."""
-    started = time.monotonic()
-    warnings: list[str] = []
-    device = "cpu"
-    matches = False
+    name: str,
+    parts: Sequence[str],
+    folder: Path,
+    say: Callable[[str], None],
+    known: Mapping[str, CoverageRow],
+) -> list[CoverageRow]:
+    """Make the checkpoint and run the parts on it, in one worker; a row each.
+
+    Whatever goes wrong becomes the row's reason. A `known` row (by part) that matched is returned
+    as it is where checkpoint and drafted source are, byte for byte, what they were.
+    """
     try:
         port = _port(name, folder, say)
-        with live_for(port) as live:
-            device = live.device()[0]
-            run = {"port": _run_port, "backend": _run_backend, "native": _run_native}[part]
-            where, reason = "match", run(port, live, warnings, say)
-            matches = True
-    except _Ended as end:
-        where, reason = end.args
-    except Exception as error:  # a fault of portkit's own: the row says so, the run goes on
-        where, reason = "portkit", f"{type(error).__name__}: {error}"
-    return CoverageRow(
-        architecture=name,
-        part=part,
-        matches=matches,
-        where=where,
-        reason=" ".join(str(reason).split())[:400],
-        warnings=tuple(warnings),
-        device=device,
-        versions=", ".join(f"{name} {version}" for name, version in machine().versions),
-        date=datetime.now(UTC).date().isoformat(),
-        seconds=round(time.monotonic() - started, 1),
-    )
+    except Exception as error:
+        return [_Row(name, part).ended(error) for part in parts]
+    with live_for(port) as live:
+        return [_measure(_Row(name, part), port, live, say, known.get(part)) for part in parts]
+
+
+def _measure(
+    row: _Row, port: Port, live: Live, say: Callable[[str], None], known: CoverageRow | None
+) -> CoverageRow:
+    try:
+        if row.part == "port":
+            row.warnings = _draft(port, say)
+        row.digest = _digest(port, row.part)
+        if known and known.matches and known.digest == row.digest:
+            return known
+        row.device = live.device()[0]
+        run = {"port": _run_port, "backend": _run_backend, "native": _run_native}[row.part]
+        return row.matched(run(port, live, say))
+    except Exception as error:
+        return row.ended(error)
+
+
+class _Row:
+    """A row being measured."""
+
+    def __init__(self, architecture: str, part: str) -> None:
+        self.architecture, self.part = architecture, part
+        self.warnings: list[str] = []
+        self.device, self.digest = "cpu", ""
+        self._started = time.monotonic()
+
+    def matched(self, difference: str) -> CoverageRow:
+        return self._row(True, "match", difference)
+
+    def ended(self, error: Exception) -> CoverageRow:
+        """Return the row of what went wrong; a fault of portkit's own says so."""
+        if isinstance(error, _Ended):
+            return self._row(False, *error.args)
+        return self._row(False, "portkit", f"{type(error).__name__}: {error}")
+
+    def _row(self, matches: bool, where: str, reason: str) -> CoverageRow:
+        return CoverageRow(
+            architecture=self.architecture,
+            part=self.part,
+            matches=matches,
+            where=where,
+            reason=" ".join(reason.split())[:400],
+            warnings=tuple(self.warnings),
+            device=self.device,
+            versions=", ".join(f"{name} {version}" for name, version in machine().versions),
+            date=datetime.now(UTC).date().isoformat(),
+            seconds=round(time.monotonic() - self._started, 1),
+            digest=self.digest,
+        )
+
+
+def _digest(port: Port, part: str) -> str:
+    """Return the digest of the checkpoint and, for part "port", of the drafted source."""
+    digest = hashlib.sha256(part.encode())
+    files = sorted(port.checkpoint.iterdir())
+    for file in [*files, port.modeling] if part == "port" else files:
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _port(name: str, folder: Path, say: Callable[[str], None]) -> Port:
@@ -120,20 +169,25 @@ def _port(name: str, folder: Path, say: Callable[[str], None]) -> Port:
         out=str(checkpoint),
     )
     if not made.ok:
-        raise _Ended("checkpoint", made.what)
+        raise _Ended("checkpoint", str(made.what))
     try:
         return new_port("covered", checkpoint=checkpoint, root=folder, progress=say)
     except PortkitError as error:
         raise _Ended("checkpoint", error.what) from error
 
 
-def _run_port(port: Port, live: Any, warnings: list[str], say: Callable[[str], None]) -> str:
+def _draft(port: Port, say: Callable[[str], None]) -> list[str]:
+    warnings: list[str] = []
     for step in STEPS:
         say(f"{port.architecture}: draft {step}")
         outcome = apply_draft(port, step)
         if outcome.status != "success":
             raise _Ended(f"draft {step}", outcome.reason)
         warnings.extend(outcome.warnings)
+    return warnings
+
+
+def _run_port(port: Port, live: Live, say: Callable[[str], None]) -> str:
     say(f"{port.architecture}: one rank")
     value = _value(
         live.run("forward_parity", timeout=TIMEOUT, loader="port", trace=False), "TP=1 start"
@@ -159,18 +213,18 @@ def _judge(cases: list[dict[str, Any]], where: str) -> list[float]:
     return [case["max_abs"] for case in cases] or [0.0]
 
 
-def _run_backend(port: Port, live: Any, warnings: list[str], say: Callable[[str], None]) -> str:
+def _run_backend(port: Port, live: Live, say: Callable[[str], None]) -> str:
     return _alternative(port, live, "transformers")
 
 
-def _run_native(port: Port, live: Any, warnings: list[str], say: Callable[[str], None]) -> str:
+def _run_native(port: Port, live: Live, say: Callable[[str], None]) -> str:
     support = _value(live.run("native_support", architecture=port.architecture), "start")
     if support["answer"] != "native":
         raise _Ended("none", "vLLM has no class of its own for it")
     return _alternative(port, live, "vllm")
 
 
-def _alternative(port: Port, live: Any, impl: str) -> str:
+def _alternative(port: Port, live: Live, impl: str) -> str:
     value = _value(live.run("transformers_backend", timeout=TIMEOUT, impl=impl), "start")
     if not value["ran"]:
         raise _Ended(value["phase"], value["error"])

@@ -258,11 +258,18 @@ SEEDS: dict[str, tuple[Edit, str, tuple[str, ...], tuple[str, ...]]] = {
             ".q_proj": (".qkv_proj", "q"),
             ".k_proj": (".qkv_proj", "k"),
             ".v_proj": (".qkv_proj", "v"),
+            ".gate_proj": (".gate_up_proj", 0),
+            ".up_proj": (".gate_up_proj", 1),
         }
     )
+
+    def load_weights(self, weights):
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+
     packed_modules_mapping""",
             "from vllm.sequence",
-            "from vllm.model_executor.models.utils import WeightsMapper\nfrom vllm.sequence",
+            """from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+from vllm.sequence""",
         ),
         "prefixes",
         ("qkv_proj holds q_proj, v_proj, k_proj", "in the order q_proj, k_proj, v_proj"),

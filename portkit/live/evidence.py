@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from portkit.checks.results import source_hash
+from portkit.live.fused import disputed
 from portkit.live.loads import coverage_problems
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ def run_with_a_loader(
 
     A check of the model's code should not fail for what load_weights does; so portkit loads, by
     name. But a finished port may need its own load_weights, where a fused tensor has to be taken
-    apart first: then what that loads counts. `differs` returns how much of a job's value is wrong,
+    apart first, or name the parts of a fused layer in the right order where packed_modules_mapping
+    does not: then what that loads counts. `differs` returns how much of a job's value is wrong,
     0 for nothing. The choice is kept for the port as it is now.
     """
     if context.loader:
@@ -99,11 +101,11 @@ def run_with_a_loader(
     if held and held[0] == key:
         return start(held[1])
     first = start("portkit")
-    if loads_by_name(context.port.source):
-        return first
     wrong = differs(first.value) if first.ok else 1_000_000
     if not wrong:
         _loaders[root] = (key, "portkit")
+        return first
+    if loads_by_name(context.port.source) and not _order_disputed(context):
         return first
     if first.status not in ("ok", "error"):
         return first
@@ -114,3 +116,17 @@ def run_with_a_loader(
     better = left == 0 or (first.ok and left < wrong) or (second.ok and loads_whole(context))
     _loaders[root] = (key, "port" if better else "portkit")
     return second if better else first
+
+
+def works_with(context: CheckContext) -> str:
+    """Return the loader that `run_with_a_loader` chose for the port as it is now, "" if none."""
+    key, loader = _loaders.get(str(context.port.root), ("", ""))
+    return loader if key == source_hash(context.port) else ""
+
+
+def _order_disputed(context: CheckContext) -> bool:
+    """Whether packed_modules_mapping and the weights mapper order a layer's parts differently."""
+    if "hf_to_vllm_mapper" not in context.port.source:
+        return False
+    layout = context.live.run("layout", progress=context.progress)
+    return layout.ok and bool(disputed(layout.value["packed"], layout.value["stacked"]))

@@ -12,17 +12,18 @@ ORDER = ("q", "k", "v")
 
 
 def fused_parts(model: Any) -> dict[str, list[str]]:
-    """Return attribute name -> names of its parts, in order; `model` is a model or its class.
-
-    Where the two name the same parts in another order, the mapper's counts: it loads them.
-    """
+    """Return attribute name -> names of its parts, in order; `model` is a model or its class."""
     declared = dict(getattr(model, "packed_modules_mapping", None) or {})
-    stacked = {
-        name: parts
-        for name, parts in stacked_parts(model).items()
-        if sorted(parts) == sorted(declared.get(name, parts))
-    }
-    return declared | stacked
+    return stacked_parts(model) | declared
+
+
+def disputed(packed: dict[str, list[str]], stacked: dict[str, list[str]]) -> list[str]:
+    """Return the attributes whose parts the two name in different orders: one of them is wrong."""
+    return [
+        name
+        for name, parts in stacked.items()
+        if parts != packed.get(name, parts) and sorted(parts) == sorted(packed[name])
+    ]
 
 
 def stacked_parts(model: Any) -> dict[str, list[str]]:

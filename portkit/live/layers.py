@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from portkit.analysis.facts import ModelFacts
+from portkit.live.fused import disputed
 
 Row = dict[str, Any]
 VLLM_KINDS = ("linear", "embedding", "head", "attention")
@@ -249,21 +250,26 @@ def _packed_problems(
                     "Use the names of the checkpoint's tensors.",
                 ),
             )
-        elif members != (stacked := layout["stacked"].get(attr, members)) and (
-            sorted(members) == sorted(stacked)
-        ):
-            problems.setdefault(
-                attr,
-                Problem(
-                    row["path"],
-                    row["line"],
-                    f"packed_modules_mapping says that {attr} holds {', '.join(members)}, in "
-                    f"hf_to_vllm_mapper their shards are in the order {', '.join(stacked)}",
-                    "List the parts in the order of their shards: an adapter or a scale of one "
-                    "lands in the other's place.",
-                ),
-            )
     return list(problems.values())
+
+
+def order_problems(layout: dict[str, Any]) -> list[Problem]:
+    """Return fused layers whose parts packed_modules_mapping and the mapper order differently."""
+    problems = []
+    for attr in disputed(layout["packed"], layout["stacked"]):
+        row = next(row for row in layout["modules"] if row["path"].rpartition(".")[2] == attr)
+        problems.append(
+            Problem(
+                row["path"],
+                row["line"],
+                f"packed_modules_mapping says that {attr} holds "
+                f"{', '.join(layout['packed'][attr])}, in hf_to_vllm_mapper their shards are in "
+                f"the order {', '.join(layout['stacked'][attr])}",
+                "List the parts in the order of their shards: an adapter or a scale of one lands "
+                "in the other's place.",
+            )
+        )
+    return problems
 
 
 def _is_tied(path: str, layout: dict[str, Any]) -> bool:

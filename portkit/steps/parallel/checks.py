@@ -13,7 +13,7 @@ from portkit.checks.base import Check, CheckContext
 from portkit.checks.verdict import Table, Verdict
 from portkit.live import layers
 from portkit.live.checkpoint import open_checkpoint
-from portkit.live.evidence import gather, run_with_a_loader
+from portkit.live.evidence import gather, run_with_a_loader, works_with
 from portkit.live.job import JobResult
 from portkit.steps.parallel.lora import LoraAdapters
 from portkit.steps.parallel.pipeline import RehearsalPp2
@@ -23,6 +23,7 @@ from portkit.steps.parallel.rehearsals import (
     RehearsalTp2,
     RehearsalTp4,
     place,
+    wrong_cases,
 )
 
 
@@ -129,6 +130,9 @@ class Prefixes(Check):
             "quantisable: the layer asked vllm_config.quant_config how to hold its weight.",
         )
         problems = layers.prefix_problems(job.value, open_checkpoint(context.port.checkpoint).names)
+        if not problems and (disputed := layers.order_problems(job.value)):
+            # With the wrong order in the mapper, step `weights` has to say so.
+            problems = disputed if self._mapper_is_right(context) else []
         if problems:
             first = problems[0]
             more = (
@@ -163,6 +167,16 @@ class Prefixes(Check):
             table,
             job=job,
         )
+
+    def _mapper_is_right(self, context: CheckContext) -> bool:
+        """Whether the port is right with weights loaded by its own mapper and not otherwise."""
+
+        def start(loader: str) -> JobResult:
+            return gather(context, self.id, "rehearsal", timeout=240.0, ranks=1, loader=loader)
+
+        if not works_with(context):
+            run_with_a_loader(context, start, wrong_cases)
+        return works_with(context) == "port"
 
 
 class ImpossibleRanks(Check):

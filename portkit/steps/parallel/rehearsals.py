@@ -63,7 +63,7 @@ class _Rehearsal(Check):
                 loader=loader,
             )
 
-        job = run_with_a_loader(context, start, _wrong)
+        job = run_with_a_loader(context, start, wrong_cases)
         if not job.ok:
             return self._stopped(context, job, layout)
         found = job.value
@@ -225,7 +225,7 @@ class RehearsalTp4(_Rehearsal):
     ranks = 4
 
 
-def _wrong(value: dict[str, Any]) -> int:
+def wrong_cases(value: dict[str, Any]) -> int:
     """Return how many prompts differ, fewer the further the first diverging module."""
     bad = sum(not case["ok"] for case in value["cases"])
     return bad and 10_000 * bad - min((value.get("divergence") or {}).get("walked", 0), 9_999)

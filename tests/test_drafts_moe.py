@@ -6,6 +6,9 @@ import importlib
 
 import pytest
 
+from portkit.analysis.classes import view_module
+from portkit.analysis.experts import read_experts
+from portkit.analysis.moe_facts import ExpertsFacts
 from portkit.architectures import find_architecture
 from portkit.draft.source_draft import draft_source_outcome
 from portkit.steps.copy.extract import extract
@@ -72,3 +75,38 @@ def test_a_rule_of_its_own_is_not_taken_for_vllms() -> None:
     source = drafted("mixtral", seed)["weights"]
     assert "router_top_value.max(" in source
     assert "custom_routing_function=self.gate.route" in source
+
+
+def test_alternating_gate_and_up_are_swigluoai() -> None:
+    sources = drafted("gpt_oss")
+    assert "hidden_states, _ = self.mlp" not in sources["forward"]
+    source = sources["weights"]
+    for word in (
+        'activation="swigluoai"',
+        "has_bias=True",
+        "routed_experts_cls=GptOssExperts",
+        "class GptOssExperts(RoutedExperts)",
+        "if (config.swiglu_alpha, config.swiglu_limit) != (1.702, 7.0):",
+    ):
+        assert word in source
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [
+        ("gate_up[..., ::2], gate_up[..., 1::2]", "gate_up[..., 1::2], gate_up[..., ::2]"),
+        ("(up + 1) * glu", "(up + 2) * glu"),
+        ("up.clamp(min=-self.limit", "up.clamp(min=-self.alpha"),
+        ("torch.sigmoid(gate * self.alpha)", "torch.sigmoid(up * self.alpha)"),
+        ("gate.clamp(min=None,", "gate.clamp(min=-self.limit,"),
+    ],
+)
+def test_another_gate_is_not_taken_for_swigluoai(seed: tuple[str, str]) -> None:
+    text = find_architecture("gpt_oss").file.read_text(encoding="utf-8")
+    assert seed[0] in text
+
+    def read(source: str) -> ExpertsFacts:
+        return read_experts(view_module(source).classes["GptOssExperts"])
+
+    assert read(text).clamp == ("config.swiglu_alpha", "config.swiglu_limit")
+    assert "a gate that vLLM has not" in read(text.replace(*seed)).why

@@ -68,6 +68,10 @@ class ExpertsFacts:
     """Does the one for the experts come first?"""
     why: str = ""
     """Why vLLM's fused experts cannot compute this; "" if they can."""
+    biases: tuple[str, ...] = ()
+    """Attributes of the stacked biases of gate_up and down; () for none."""
+    clamp: tuple[str, str] = ("", "")
+    """Of a swigluoai, whose gate and up alternate in gate_up: alpha and limit, as source."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ VLLM_NAMES = {
     "Attention": f"{_LAYERS}.attention",
     "FusedMoEFactory": f"{_LAYERS}.fused_moe",
     "GateLinear": f"{_LAYERS}.fused_moe",
+    "RoutedExperts": f"{_LAYERS}.fused_moe.routed_experts",
     "GemmaRMSNorm": f"{_LAYERS}.layernorm",
     "RMSNorm": f"{_LAYERS}.layernorm",
     "ColumnParallelLinear": f"{_LAYERS}.linear",

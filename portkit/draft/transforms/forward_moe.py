@@ -13,15 +13,17 @@ from portkit.draft import edit, prune
 from portkit.draft.blocker import Blocker
 from portkit.draft.transforms.flat_tokens import flatten, without_training
 from portkit.draft.transforms.forward_attention import _layer_index, attention_signature
+from portkit.draft.transforms.unread_results import drop_unread_results
 from portkit.draft.work import Work, plain_module, rewrite_init, set_method
 
 
 def port_moe(work: Work, facts: MoeFacts) -> None:
     """Flatten a block, its router and its experts; give the block its prefix."""
-    cls = work.cls(facts.cls)
-    init = edit.method(cls, "__init__")
+    init = edit.method(work.cls(facts.cls), "__init__")
     if init is None or "prefix" in edit.parameters(init):
         return
+    drop_unread_results(work, facts.cls)
+    cls = work.cls(facts.cls)
     work.put(_bare(work.cls(facts.experts.cls)))
     router = work.cls(facts.router.cls)
     work.put(_bare(_flat(work, router, facts.router.cls, facts.router.line)))

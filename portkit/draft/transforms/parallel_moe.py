@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import libcst as cst
 
-from portkit.analysis.conversion import Merge, conversions_of
-from portkit.analysis.moe_facts import ExpertsFacts, MoeFacts
+from portkit.analysis.moe_facts import MoeFacts
 from portkit.draft import edit
 from portkit.draft.blocker import Blocker
 from portkit.draft.transforms.constructors import add_parameter, linear_statement, pass_argument
+from portkit.draft.transforms.expert_layouts import checkpoint_layout, constants_guard
 from portkit.draft.transforms.parallel_router import Call, gate_statements, port_router
 from portkit.draft.work import Work, set_method
 
 LOGITS = "router_logits"
 _QUANT = "quant_config: QuantizationConfig | None = None"
-_STACKED = ("gate_up_proj", "down_proj")
-_NAMES = ("gate_proj", "down_proj", "up_proj")
 
 
 def port_moe(work: Work, facts: MoeFacts) -> None:
@@ -169,7 +167,7 @@ def _init(
             body.append(linear_statement(node, "ReplicatedLinear"))
         else:
             body.append(_quantised(work, facts, node))
-    body.append(edit.blank_before(made))
+    body += [*constants_guard(facts.experts), edit.blank_before(made)]
     written = "".join(edit.code(n) for n in body)
     if "layer_idx" in written and "layer_idx = " not in written:
         body.insert(1, edit.statement("layer_idx = extract_layer_index(prefix)"))
@@ -197,7 +195,7 @@ def _experts(work: Work, facts: MoeFacts, arguments: list[str]) -> edit.Statemen
     ]
     if experts.activation.strip("'\"") != "silu":
         written.append(f"activation={experts.activation}")
-    written += _checkpoint_layout(work, experts, facts)
+    written += checkpoint_layout(work, experts, facts)
     written += ["quant_config=quant_config", f'prefix=f"{{prefix}}.{facts.experts_attr}"']
     missing = [w for w in written if w.endswith("=")]
     if missing:
@@ -205,30 +203,3 @@ def _experts(work: Work, facts: MoeFacts, arguments: list[str]) -> edit.Statemen
     return edit.statement(
         f"self.{facts.experts_attr} = FusedMoEFactory(\n    " + ",\n    ".join(written) + ",\n)"
     )
-
-
-def _checkpoint_layout(work: Work, experts: ExpertsFacts, facts: MoeFacts) -> list[str]:
-    """How the checkpoint keeps the experts, where it is not vLLM's default."""
-    merges = {
-        c.target.rsplit(".", 1)[-1]: c
-        for c in conversions_of(work.facts.architecture)
-        if isinstance(c, Merge) and f"{facts.experts_attr}." in c.target
-    }
-    if not merges:
-        if (experts.gate_up, experts.down) != _STACKED:
-            raise Blocker(
-                f"{experts.cls} names its parameters {experts.gate_up} and {experts.down}; vLLM "
-                f"loads stacked experts by the names {' and '.join(_STACKED)}.",
-                experts.line,
-            )
-        return ["is_fused_checkpoint_transposed=True"] if experts.transposed else []
-    both, down = merges.get(experts.gate_up), merges.get(experts.down)
-    if both is None or down is None or not (both.stacks_experts and down.stacks_experts):
-        raise Blocker(
-            f"{experts.cls}: Transformers builds its parameters from the checkpoint in a way that "
-            "vLLM's loader of experts has not.",
-            experts.line,
-        )
-    names = (both.parts[0], down.parts[0], both.parts[-1])
-    quoted = ", ".join(f'"{n}"' for n in names)
-    return [] if names == _NAMES else [f"ckpt_names=({quoted})"]

@@ -24,6 +24,7 @@ from portkit.analysis.conversion import Merge, conversions_of
 from portkit.errors import PortkitError
 from portkit.live.hardening import ACTIVATIONS, SEED, harden
 from portkit.live.job import JobRequest
+from portkit.live.small_config import build, inner_sizes, refused_by_name, sizes_of
 
 MAX_PARAMETERS = 20_000_000
 
@@ -77,6 +78,9 @@ SIZES: dict[str, int] = {
     "num_dense_layers": 1,
     "decoder_sparse_step": 1,
     "moe_intermediate_size": 96,
+    "expert_ffn_hidden_size": 96,
+    "zero_expert_num": 4,
+    "router_hidden_size": 32,
     "shared_expert_intermediate_size": 96,
     "sliding_window": 24,
     "window_size": 24,
@@ -104,6 +108,17 @@ SIZES: dict[str, int] = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 64,
     "linear_value_head_dim": 64,
+    "linear_num_heads": 4,
+    "linear_head_dim": 64,
+    # Attention to tokens that an indexer picks.
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 32,
+    "indexer_budget": 32,
+    "indexer_compress_ratio": 4,
+    "ngram_vocab_size_base": 509,
+    "split_ngram_parts": 4,
+    "kv_n_heads": 2,
     "encoder_hash_byte_group_vocab": 512,
     "hidden_size_global": 128,
     "conv_dim": 128,
@@ -154,6 +169,8 @@ OPTIONAL = (
     *("head_dim", "num_key_value_heads", "num_experts_per_tok"),
     *("clip_qkv", "sliding_window", "layer_rope_theta"),
     *("n_routed_experts", "n_shared_experts"),
+    *("indexer_n_heads", "indexer_kv_heads", "indexer_head_dim"),
+    *("indexer_budget", "indexer_compress_ratio"),
 )
 """Fields that are set even where the config's default is None."""
 NO_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
@@ -199,31 +216,33 @@ def _smallest_that_works(
     config_class = cls.config_class or type(AutoConfig.for_model(model_type))
     default = config_class()
     fields = {k: v for k, v in default.to_dict().items() if v is not None or k in OPTIONAL}
-    sizes = {k: v for k, v in SIZES.items() if isinstance(fields.get(k, ""), (int, type(None)))}
+    sizes = sizes_of(default, fields, SIZES)
     hard = _hard_values(default, fields, sizes.get("qk_rope_head_dim", 32)) if hardened else {}
     problem: Exception | None = None
-    for dropped in _fewer(list(hard)):
+    refused: set[str] = set()
+    tries = [(dropped, kept) for kept in (True, False) for dropped in _fewer(list(hard))]
+    for dropped, kept in tries:
+        if not (kept or refused):
+            break
         values = {**sizes, **{k: v for k, v in hard.items() if k not in dropped}}
         if "head_dim" in dropped:  # a default for a large model rarely fits the small sizes
             values["head_dim"] = SIZES["hidden_size"] // SIZES["num_attention_heads"]
         values = {
             **values,
             **_lists(default, {**fields, **hard}, sizes.get("num_hidden_layers", 3)),
-            **_stacks(default),
+            **inner_sizes(default, SIZES, values),
             **own,
         }
         for name in NO_TOKENS:
             if isinstance(fields.get(name), int) and fields[name] >= SIZES["vocab_size"]:
                 values[name] = 1
+        if not kept:  # the config's own values where it says that it refuses ours
+            values = {k: v for k, v in values.items() if k in own or k not in refused}
         try:
-            model = cls(config_class(**values)).float().eval()
-            with torch.inference_mode():
-                logits = model(input_ids=torch.arange(4, 12)[None], use_cache=False).logits
-            if torch.isfinite(logits).all():
-                return model, sorted(values)
-            problem = ValueError("the logits are not finite")
+            return build(cls, config_class, values), sorted(values)
         except Exception as error:
             problem = error
+            refused |= refused_by_name(error, sizes)
             say(f"Trying with less: {type(error).__name__}")
     raise PortkitError(
         f"{cls.__name__} could not be made small: {problem}",
@@ -345,15 +364,4 @@ def _lists(default: Any, fields: dict[str, Any], layers: int) -> dict[str, Any]:
                 found[name] = [kinds[0], *["hybrid"] * (layers - 1)]
             if len(kinds) > layers and isinstance(value[0], str):
                 found |= {name: kinds, "num_hidden_layers": len(kinds)}
-    return found
-
-
-def _stacks(default: Any) -> dict[str, Any]:
-    """Sizes of the configs inside that describe a stack of layers each."""
-    found = {}
-    for name in getattr(default, "sub_configs", {}):
-        inner = getattr(default, name, None)
-        fields = inner.to_dict() if inner is not None else {}
-        if "num_hidden_layers" in fields:
-            found[name] = {k: v for k, v in SIZES.items() if isinstance(fields.get(k), int)}
     return found

@@ -1,0 +1,79 @@
+"""Sizes of a small config: under other names, in the configs inside it, where one lacks a value.
+
+Beside jobs/random_checkpoint.py, which says what sizes and which values make mistakes show.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+
+def sizes_of(default: Any, fields: dict[str, Any], sizes: dict[str, int]) -> dict[str, int]:
+    """The sizes that the config has a field for; some configs keep a usual name as an alias."""
+    aliases = {
+        real: sizes[alias]
+        for alias, real in getattr(default, "attribute_map", {}).items()
+        if alias in sizes and real not in sizes
+    }
+    every = {**sizes, **aliases}
+    return {k: v for k, v in every.items() if isinstance(fields.get(k, ""), (int, type(None)))}
+
+
+def inner_sizes(default: Any, sizes: dict[str, int], chosen: dict[str, Any]) -> dict[str, Any]:
+    """Sizes of the configs inside: of a stack of layers each, or of a part of every layer.
+
+    `chosen`: what was already chosen for the outer config, and stays in the parts.
+    """
+    found = {}
+    for name in getattr(default, "sub_configs", {}):
+        inner = getattr(default, name, None)
+        fields = inner.to_dict() if inner is not None else {}
+        own = {k: v for k, v in sizes.items() if isinstance(fields.get(k), int)}
+        if "num_hidden_layers" in fields:
+            found[name] = own
+        elif own and name in chosen:
+            found[name] = {**chosen[name], **own}
+        elif own:
+            found[name] = own
+    return found
+
+
+def refused_by_name(error: Exception, sizes: dict[str, Any]) -> set[str]:
+    """Names of sizes in the message of a config that refuses a value."""
+    return {name for name in sizes if re.search(rf"\b{name}\b", str(error))}
+
+
+def build(cls: type, config_class: type, values: dict[str, Any]) -> torch.nn.Module:
+    """Make the model and run it once. Raises whatever its code raises, ValueError for infinities.
+
+    Checkpoints give a config inside the config fields that its class does not declare, so a class
+    made without them may lack what the model reads: it gets the outer config's value.
+    """
+    for _ in range(4):
+        try:
+            model = cls(config_class(**values)).float().eval()
+            with torch.inference_mode():
+                logits = model(input_ids=torch.arange(4, 12)[None], use_cache=False).logits
+            break
+        except AttributeError as error:
+            more = _lacking(error, config_class, values)
+            if more is None:
+                raise
+            values = {**values, **more}
+    if not torch.isfinite(logits).all():
+        raise ValueError("the logits are not finite")
+    return model
+
+
+def _lacking(
+    error: AttributeError, config_class: type, values: dict[str, Any]
+) -> dict[str, Any] | None:
+    """{inner config: its values with the one it lacks}, if the outer config has that."""
+    outer = {**(values.get("rope_parameters") or {}), **values}
+    for part, kind in getattr(config_class, "sub_configs", {}).items():
+        if isinstance(error.obj, kind) and error.name in outer:
+            return {part: {**(values.get(part) or {}), error.name: outer[error.name]}}
+    return None

@@ -6,8 +6,14 @@ from test_drafts import STEPS, copied, drafted, states
 from portkit.lint.engine import lint_source
 from portkit.lint.registry import rules_of
 
-MODELS = ("olmo", "cohere", "ministral3", "diffllama")
+MODELS = ("olmo", "cohere", "ministral3", "diffllama", "mimo_v2_flash")
 WRITTEN = [
+    # Values narrower than keys, by a number of heads that depends on the layer.
+    ("mimo_v2_flash", "forward", "(0, self.head_dim - self.v_head_dim)"),
+    ("mimo_v2_flash", "forward", "num_kv_heads=num_key_value_heads,"),
+    ("mimo_v2_flash", "weights", "[..., : self.v_head_dim]"),
+    ("mimo_v2_flash", "weights", "v_head_size=config.v_head_dim,"),
+    ("mimo_v2_flash", "weights", "[self.q_size, self.kv_size, self.v_size]"),
     ("olmo", "forward", "query_states = query_states.clamp("),
     ("cohere", "weights", "hidden_size=(self.num_heads, self.head_dim)"),
     ("cohere", "weights", "set_weight_attrs(self.q_norm.weight"),

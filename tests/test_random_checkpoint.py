@@ -39,3 +39,20 @@ def test_embeddings_for_each_layer_are_made_small_too(tmp_path: Path) -> None:
     )
     assert done.ok, done.what
     assert done.value["parameters"] < 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type"),
+    [
+        ("DbrxForCausalLM", "dbrx"),  # sizes in configs inside, one of which lacks rope_theta
+        ("KimiLinearForCausalLM", "kimi_linear"),  # sizes under names that it maps
+        ("ZayaForCausalLM", "zaya"),  # two experts per token are refused
+        ("LongcatFlashForCausalLM", "longcat_flash"),
+    ],
+)
+def test_unusual_configs_are_made_small(architecture: str, model_type: str, tmp_path: Path) -> None:
+    done = live_for(None).run(
+        "random_checkpoint", architecture=architecture, model_type=model_type, out=str(tmp_path)
+    )
+    assert done.ok, done.what
+    assert done.value["parameters"] < 3_000_000

@@ -143,6 +143,8 @@ class AttentionFacts:
     """Norms on what attention returns, before the output projection."""
     gates: tuple[Linear, ...] = ()
     """Linears that make none of query, key, value and output: gates, as a rule."""
+    value_dim: str = ""
+    """Resolved width of a value head where it is not `head_dim`, e.g. "config.v_head_dim"."""
     query_parts: int = 1
     """2 if the query projection makes a gate beside the query, in each head."""
     sinks: str = ""

@@ -157,6 +157,7 @@ def read_attention(reader: Reader, view: ClassView) -> AttentionFacts:
         output_norms=tuple(n for n in every_norm if n.attr in after.norms),
         gates=tuple(v for a, v in linears.items() if a not in {*role.values(), output}),
         sinks="" if sinks == "None" else sinks,
+        value_dim="" if fused else _value_dim(view, v, kv_heads, resolved_dim),
         query_parts=(head_factors(q, resolved_dim) or ("", 1))[1],
         fused=layout,
     )
@@ -262,6 +263,14 @@ def _heads(linear: Linear | None, head_dim: str) -> str:
     """The factor of out_features beside the head dimension (and beside parts of each head)."""
     parts = head_factors(linear, head_dim)
     return parts[0] if parts else ""
+
+
+def _value_dim(view: ClassView, linear: Linear | None, kv_heads: str, head_dim: str) -> str:
+    """What the value projection has beside the key/value heads, if that is not the head's size."""
+    if linear is None or not kv_heads or head_factors(linear, head_dim) is not None:
+        return ""
+    found = head_factors(linear, _resolved(view, kv_heads))
+    return found[0] if found is not None and found[1] == 1 else ""
 
 
 def head_factors(linear: Linear | None, head_dim: str) -> tuple[str, int] | None:

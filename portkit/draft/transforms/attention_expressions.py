@@ -47,7 +47,12 @@ class AttentionExpressions:
         source: str,
         first_line: int,
         given: dict[str, dict[str, Value]] | None = None,
+        narrow_values: bool = False,
     ) -> None:
+        self.narrow_values = narrow_values
+        """Are value heads narrower than those of keys?"""
+        self.before: list[edit.Statement] = []
+        """What the statement that is being followed needs before it."""
         self.functions = functions
         self.rotates_by_layer = rotates_by_layer
         self.of_positions: set[str] = set()
@@ -95,14 +100,31 @@ class AttentionExpressions:
                 )
         self.calls += 1
         attend = attention_name(self.calls)
+        narrow = tensors[2].dim if self.narrow_values else ""
+        if self.narrow_values:
+            tensors[2] = self._widened(tensors[2], call)
         inputs = ", ".join(edit.code(t.node) for t in tensors)
+        made = f"self.{attend}({inputs})"
+        if narrow:
+            made += f".unflatten(-1, (-1, {self.head_dim}))[..., : {narrow}].flatten(-2)"
         return Value(
             "several",
-            parts=(
-                Value("tensor", edit.expression(f"self.{attend}({inputs})"), "seq_heads"),
-                ERASED,
-            ),
+            parts=(Value("tensor", edit.expression(made), "seq_heads", dim=narrow), ERASED),
         )
+
+    def _widened(self, value: Value, call: cst.Call) -> Value:
+        """Values as wide as keys, by a statement before the call."""
+        if not value.dim or not isinstance(value.node, cst.Name):
+            raise self._stop("attends to values of another width, which it does not name", call)
+        name = value.node.value
+        made = edit.statement(
+            f"{name} = nn.functional.pad(\n"
+            f"    {name}.unflatten(-1, (-1, {value.dim})), (0, {self.head_dim} - {value.dim})\n"
+            ").flatten(-2)"
+        )
+        note = "vLLM's cache has values as wide as keys: zeros, which are cut off again."
+        self.before.append(edit.comment_before(made, note))
+        return value
 
     def _value(self, node: cst.BaseExpression, env: dict[str, Value]) -> Value:
         if isinstance(node, cst.Name):

@@ -47,9 +47,10 @@ class AttentionFlow(AttentionExpressions):
     def _block(self, body: list[edit.Statement], env: dict[str, Value]) -> list[edit.Statement]:
         out: list[edit.Statement] = []
         for node in body:
-            for new in self._statement(node, env):
-                # keep the author's blank line or comment above the first statement that survives
-                out.append(new)
+            # the author's blank line or comment stays above the first statement that survives
+            made = self._statement(node, env)
+            out += [*self.before, *made]
+            self.before.clear()
         return out
 
     def _statement(self, node: edit.Statement, env: dict[str, Value]) -> list[edit.Statement]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import libcst as cst
 
 from portkit.analysis.attention_parts import norms_of_each_head
-from portkit.analysis.classes import text, view_module
+from portkit.analysis.classes import ClassView, text, view_module
 from portkit.analysis.read_blocks import linears_of
 from portkit.draft import edit, prune
 from portkit.draft.blocker import Blocker
@@ -18,6 +18,12 @@ from portkit.draft.transforms.fused_qkv import cut_flat
 from portkit.draft.transforms.layer_rotation import rotation_of
 from portkit.draft.transforms.masked_windows import window_of_masks
 from portkit.draft.work import Work, plain_module, rewrite_init, set_method
+
+_NARROW = """
+assert {value} <= {dim}, (
+    f"value heads of {{{value}}} are wider than key heads of {{{dim}}}"
+)
+"""
 
 
 def port_attention(work: Work) -> None:
@@ -81,6 +87,7 @@ def port_attention(work: Work) -> None:
         source=work.module.code,
         first_line=view.forward.lineno,
         given=given,
+        narrow_values=bool(facts.value_dim),
     ).run(forward, hidden)
     signature = edit.function(
         f"def forward(self, positions: torch.Tensor, {hidden}: torch.Tensor)"
@@ -99,6 +106,8 @@ def port_attention(work: Work) -> None:
     made += slopes_statements(keywords, facts.num_heads)
     for number in range(1, flow.calls + 1):
         made.append(_attention(work, view, keywords, attention_name(number)))
+    if facts.value_dim:
+        made.append(edit.statement(_NARROW.format(value=facts.value_dim, dim=facts.head_dim)))
     if not flow.rotary_used:
         made[0] = edit.blank_before(made[0])
     own = [
@@ -126,6 +135,15 @@ def _known_norms(work: Work) -> set[str]:
     known |= {"nn.LayerNorm", "RMSNorm", "GemmaRMSNorm", "nn.RMSNorm"}
     each = norms_of_each_head(work.module.code, facts)
     return {n.attr for n in (*facts.norms, *facts.output_norms) if n.cls in known} | set(each)
+
+
+def local_name(view: ClassView, resolved: str) -> str:
+    """A local name of `__init__` that stands for this, where it is more than a field."""
+    if not resolved.isidentifier() and " " in resolved:
+        for name, value in view.local.items():
+            if text(view.resolve(value)).replace("self.config.", "config.") == resolved:
+                return name
+    return resolved
 
 
 def attention_signature(init: cst.FunctionDef) -> str:
@@ -177,7 +195,7 @@ def _attention(
                 and not item.condition
             ):
                 return f"self.{item.attr}"
-        return resolved
+        return local_name(view, resolved)
 
     def here(node: cst.BaseExpression) -> str:
         return (

@@ -13,6 +13,7 @@ from portkit.draft import edit
 from portkit.draft.blocker import Blocker
 from portkit.draft.transforms.alibi_slopes import slopes_of_this_rank
 from portkit.draft.transforms.constructors import add_parameter, linear_statement
+from portkit.draft.transforms.forward_attention import local_name
 from portkit.draft.transforms.fused_qkv import add_loader, loader_statements
 from portkit.draft.transforms.parallel_flow import add_norm_helper, rewrite_forward
 from portkit.draft.transforms.parallel_latent import port_latent_attention
@@ -42,7 +43,7 @@ self.num_kv_heads = max(1, self.total_num_kv_heads // tp_size)
 self.q_size = self.num_heads * {head_dim}
 self.kv_size = self.num_kv_heads * {head_dim}
 """
-_OF_THIS_RANK = ("num_heads", "num_kv_heads", "q_size", "kv_size")
+_OF_THIS_RANK = ("num_heads", "num_kv_heads", "q_size", "kv_size", "v_size")
 """Attributes that _HEADS makes from the totals."""
 
 
@@ -101,11 +102,12 @@ def _check_projections(facts: AttentionFacts, view: ClassView) -> tuple[Linear, 
             "one QKVParallelLinear has one setting.",
             parts[0].line,
         )
-    dim = _resolved(view, facts.head_dim)
     for part, heads in zip(
         parts, (facts.num_heads, facts.num_kv_heads, facts.num_kv_heads), strict=False
     ):
         count = _resolved(view, heads)
+        narrow = facts.value_dim if part is facts.v else ""
+        dim = narrow or _resolved(view, facts.head_dim)
         wanted = (count, facts.query_parts if part is facts.q else 1)
         if head_factors(part, dim) != wanted:
             raise Blocker(
@@ -135,6 +137,7 @@ def _init(work, cls, facts: AttentionFacts, view, first: Linear, bias: str) -> c
     body: list[edit.Statement] = []
     gates = {gate.attr: gate for gate in facts.gates}
     gated = facts.query_parts == 2
+    narrow = f"\n    v_head_size={facts.value_dim}," if facts.value_dim else ""
     fused = facts.qkv.attr if facts.qkv is not None else "qkv_proj"
     removed = {part.attr for part in (facts.q, facts.k, facts.v) if part is not None}
     for node in edit.body_of(init):
@@ -148,9 +151,12 @@ def _init(work, cls, facts: AttentionFacts, view, first: Linear, bias: str) -> c
             continue
         if attr == first.attr:
             node_in = edit.call_argument(pair[1], 0, "in_features")
-            arithmetic = edit.statements(
-                _HEADS.format(heads=heads, kv_heads=kv_heads, head_dim=facts.head_dim)
-            )
+            totals = {"heads": heads, "kv_heads": kv_heads}
+            shown = {name: local_name(view, total) for name, total in totals.items()}
+            arithmetic = edit.statements(_HEADS.format(head_dim=facts.head_dim, **shown))
+            if facts.value_dim:
+                size = f"self.v_size = self.num_kv_heads * {facts.value_dim}"
+                arithmetic.append(edit.statement(size))
             arithmetic[0] = edit.blank_before(arithmetic[0])
             body += arithmetic
             body.append(
@@ -164,7 +170,7 @@ self.{fused} = QKVParallelLinear(
     self.total_num_kv_heads,
     bias={bias},
     quant_config=quant_config,
-    prefix=f"{{prefix}}.{fused}",
+    prefix=f"{{prefix}}.{fused}",{narrow}
 )
 """)
                 )

@@ -86,6 +86,8 @@ def _fuse(facts: AttentionFacts, forward: cst.FunctionDef) -> list[edit.Statemen
                     facts.line,
                 )
             split = SPLIT.replace("[self.q_size", "[2 * self.q_size") if gated else SPLIT
+            if facts.value_dim:
+                split = split.replace("kv_size]", "v_size]")
             made = edit.statements(
                 f"qkv, _ = self.qkv_proj({inputs.pop()})\n{', '.join(names)} = {split}"
             )

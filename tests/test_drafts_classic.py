@@ -6,7 +6,7 @@ from test_drafts import STEPS, copied, drafted, states
 from portkit.lint.engine import lint_source
 from portkit.lint.registry import rules_of
 
-MODELS = ("opt", "mpt", "gpt2", "moshi", "openai-gpt")
+MODELS = ("opt", "mpt", "gpt2", "moshi", "openai-gpt", "falcon")
 WRITTEN = [
     ("opt", "forward", "super().forward(positions + self.offset)"),
     ("opt", "forward", "self.model.decoder.embed_tokens.weight"),
@@ -34,6 +34,11 @@ WRITTEN = [
         "weights",
         "self.head_dim = self.split_size // self.total_num_heads\n\n        tp",
     ),
+    # Three layouts of one projection: each is a group per KV head. ALiBi by config is refused.
+    ("falcon", "forward", "qkv.unflatten(-1, (self.num_kv_heads, -1)).split("),
+    ("falcon", "weights", "self.query_key_value = QKVParallelLinear("),
+    ("falcon", "weights", "fused = loaded_weight.unflatten(dim, (self.total_num_kv_heads, -1))"),
+    ("falcon", "weights", 'raise NotImplementedError("not ported: config.alibi")'),
     ("openai-gpt", "weights", "1.0 / math.sqrt((self.split_size // self.total_num_heads)),"),
 ]
 

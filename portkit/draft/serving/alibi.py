@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import libcst as cst
 
 from portkit.draft import edit, prune
+from portkit.draft.serving.values import Env
+from portkit.draft.work import set_method
 
 SLOPES = "get_alibi_slopes"
 
@@ -169,3 +171,63 @@ def with_slopes(module: cst.Module) -> tuple[cst.Module, list[str]]:
                 )
         body.append(item)
     return module.with_changes(body=body), notes
+
+
+def refuse_optional(
+    module: cst.Module, passed: dict[tuple[str, str], Env]
+) -> tuple[cst.Module, list[str]]:
+    """Leave out an ALiBi bias that a config field turns on and that only the mask carries.
+
+    The attention asks just whether there is one. Its __init__ refuses such a config.
+    """
+    notes: list[str] = []
+    for cls in [c for c in module.body if isinstance(c, cst.ClassDef)]:
+        for name, known in passed.get((cls.name.value, "forward"), {}).items():
+            forward = edit.method(cls, "forward")
+            field = known.test.removeprefix("self.config.")
+            if known.kind != "optional" or known.value != "alibi" or not field.isidentifier():
+                continue
+            if name in edit.names_read(edit.with_body(forward, edit.body_of(forward)).body):
+                continue
+            if known.test not in edit.code(forward):
+                continue
+            module = _without_field(module, field, cls.name.value)
+            notes.append(f"{cls.name.value}: config.{field} is not ported; __init__ refuses it.")
+    return module, notes
+
+
+def _without_field(module: cst.Module, field: str, refusing: str) -> cst.Module:
+    """The file with config.<field> taken as False, and a class whose __init__ says so."""
+    settings = {f"self.config.{field}", f"config.{field}"}
+    named = {
+        pair[0]
+        for init in edit.find(module, lambda n: isinstance(n, cst.FunctionDef))
+        for node in edit.body_of(init)
+        if (pair := edit.assigned_attribute(node)) and edit.code(pair[1]) in settings
+    }
+    read = settings | {f"self.{attr}" for attr in named}
+
+    def change(here: cst.CSTNode) -> cst.CSTNode | None:
+        if isinstance(here, cst.Attribute) and edit.code(here) in read:
+            return cst.Name("False")
+        return None
+
+    body: list[cst.CSTNode] = []
+    for item in module.body:
+        init = edit.method(item, "__init__") if isinstance(item, cst.ClassDef) else None
+        if init is not None:
+            kept = [
+                s
+                for s in edit.body_of(init)
+                if (edit.assigned_attribute(s) or ("",))[0] not in named
+            ]
+            item = set_method(item, edit.with_body(init, kept))
+        item = edit.replace(item, change)
+        if init is not None and item.name.value == refusing:
+            init = edit.method(item, "__init__")
+            refusal = edit.statement(
+                f'if config.{field}:\n    raise NotImplementedError("not ported: config.{field}")'
+            )
+            item = set_method(item, edit.with_body(init, [*edit.body_of(init), refusal]))
+        body.append(item)
+    return module.with_changes(body=body)

@@ -73,6 +73,10 @@ class AttentionCore(CoreExpressions):
         if pair is None:
             return [node]
         target, value = pair
+        if self.cut and edit.code(node).strip() == self.cut.strip():
+            tensor = Value("tensor", ("b", "s", "w"))
+            env.update({edit.code(e.value): tensor for e in target.elements})
+            return [node]
         if isinstance(target, cst.Tuple):
             return self._tuple(node, target, value, env)
         name = edit.code(target)
@@ -111,6 +115,8 @@ class AttentionCore(CoreExpressions):
                 owner = edit.code(here.func.value)
                 if len(here.args) == 1 and isinstance(here.func.value, cst.Name):
                     return edit.expression(f"{owner}.view(*{owner}.shape[:-1], -1, {dim})")
+                if got.axes == HEADS and edit.code(here.func.value).endswith(".transpose(1, 2)"):
+                    return here.func.value  # a view of [b, h, s, d] as itself
             return None
 
         return edit.replace(node, change)
@@ -126,6 +132,8 @@ class AttentionCore(CoreExpressions):
             if made:
                 made[0] = made[0].with_changes(leading_lines=node.leading_lines)
             return made
+        if self._rotates(value, env, names):
+            return [node]
         got = self.value(value, env)
         if got.kind == "shape" and len(got.items) == len(names):
             env.update({n: Value("size", text=i) for n, i in zip(names, got.items, strict=True)})
@@ -141,6 +149,16 @@ class AttentionCore(CoreExpressions):
             keeps = part.kind == "tensor" and part.axes == HEADS
             env[name] = replace(part, canonical=name) if keeps else part
         return [node]
+
+    def _rotates(self, value: cst.BaseExpression, env: Env, names: list[str]) -> bool:
+        """Whether it is `q, k = rotate(q, k, ...)`: a function of the file that keeps shapes."""
+        if not isinstance(value, cst.Call) or not isinstance(value.func, cst.Name):
+            return False
+        given = [edit.code(a.value) for a in value.args if a.keyword is None][: len(names)]
+        return given == names and all(
+            env.get(n, OTHER).kind == "tensor" and env[n].axes and env[n].canonical in ("", n)
+            for n in names
+        )
 
     def _augmented(self, node, small: cst.AugAssign, env: Env) -> list[edit.Statement]:
         """x *= y as x = x * y."""

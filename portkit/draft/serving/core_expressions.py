@@ -27,7 +27,8 @@ _SAME = ("contiguous", "to", "float", "type", "type_as", "clone")
 class CoreExpressions:
     """`inputs`, `masks`, `biases`: parameters that carry tokens, the causal mask, ALiBi.
 
-    `buffers`: attributes that hold a causal mask; `window`: the sliding window in it as source.
+    `buffers`: attributes that hold a causal mask; `window`: the sliding window in it as source;
+    `cut`: the statement that cuts a fused projection (whole_cut.py), "" if there is none.
     """
 
     def __init__(
@@ -40,10 +41,12 @@ class CoreExpressions:
         biases: set[str],
         buffers: set[str],
         window: str,
+        cut: str,
         source: str,
         first_line: int,
     ) -> None:
         self.cls, self.linears, self.inputs = cls, linears, inputs
+        self.cut = cut
         self.masks, self.biases, self.buffers, self.window = masks, biases, buffers, window
         self.source, self.first_line = source.splitlines(), first_line
         self.names: dict[str, str] = {}

@@ -12,7 +12,7 @@ from portkit.draft import edit, prune
 from portkit.draft.blocker import Blocker
 from portkit.draft.imports import VLLM_NAMES
 from portkit.draft.serving import inline
-from portkit.draft.serving.alibi import alibi_functions, with_slopes
+from portkit.draft.serving.alibi import alibi_functions, refuse_optional, with_slopes
 from portkit.draft.serving.attention_core import AttentionCore
 from portkit.draft.serving.causal_buffers import causal_buffers, without
 from portkit.draft.serving.constructors import (
@@ -32,6 +32,7 @@ from portkit.draft.serving.same_arguments import merge_same_arguments
 from portkit.draft.serving.specialise import Specialised, specialise
 from portkit.draft.serving.split_layers import split_layers
 from portkit.draft.serving.tokens import first_output, flat_tokens, free_the_name
+from portkit.draft.serving.whole_cut import cut_whole
 from portkit.draft.work import set_method
 
 
@@ -88,6 +89,12 @@ def normal_form(module: cst.Module, architecture: str) -> NormalForm:
     if by_hand or renamed:
         served = specialise(module, architecture, alibi)
         module = served.module
+    if alibi:
+        module, told = refuse_optional(module, served.passed)
+        if told:
+            served = specialise(module, architecture)
+            module, alibi = served.module, frozenset()
+            notes += told
     lost: list[tuple[str, Blocker]] = []
     for cls in _served_classes(module, served):
         if _attends_by_hand(cls):
@@ -177,11 +184,32 @@ def _with_core_called(
     module: cst.Module, cls: cst.ClassDef, served: Specialised
 ) -> tuple[cst.ClassDef, Blocker | None]:
     """The class with its core as one call; where it was lost if there is no such call."""
+    forward = edit.method(cls, "forward")
+    first = _core(module, cls, served, forward, "")
+    new = first.run(forward)
+    if first.attended:
+        return _with_core(cls, first, new), None
+    cut = cut_whole(view_module(module.code).classes[cls.name.value], forward)
+    if cut is not None:
+        second = _core(module, cls, served, cut.forward, cut.statement)
+        new = second.run(cut.forward)
+        if second.attended:
+            return _with_core(cls, second, new), None
+        first = second
+    return cls, first.lost
+
+
+def _core(
+    module: cst.Module,
+    cls: cst.ClassDef,
+    served: Specialised,
+    forward: cst.FunctionDef,
+    cut: str,
+) -> AttentionCore:
     passed = served.passed[cls.name.value, "forward"]
     view = view_module(module.code).classes[cls.name.value]
     buffers = causal_buffers(cls)
-    forward = edit.method(cls, "forward")
-    core = AttentionCore(
+    return AttentionCore(
         cls=cls.name.value,
         linears=set(linears_of(view)),
         inputs={edit.parameters(forward)[0]},
@@ -189,10 +217,13 @@ def _with_core_called(
         biases={n for n, k in passed.items() if k.value == "alibi" and k.kind != "const"},
         buffers=set(buffers.attrs),
         window=buffers.window,
+        cut=cut,
         source=module.code,
         first_line=view.forward.lineno if view.forward else 0,
     )
-    new = core.run(forward)
-    cls = set_method(cls, edit.with_body(new, prune.live_body(edit.body_of(new))))
-    cls = core.name_head_dim(without(cls, buffers.attrs))
-    return cls, None if core.attended else core.lost
+
+
+def _with_core(cls: cst.ClassDef, core: AttentionCore, forward: cst.FunctionDef) -> cst.ClassDef:
+    body = prune.live_body(edit.body_of(forward))
+    cls = set_method(cls, edit.with_body(forward, body))
+    return core.name_head_dim(without(cls, causal_buffers(cls).attrs))

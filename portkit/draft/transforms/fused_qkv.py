@@ -32,10 +32,10 @@ def cut_flat(
     layout = facts.fused
     if layout is None or layout.is_plain:
         return forward, {}
-    parts = _parts(layout, "qkv", facts)
+    cut_apart = parts(layout, "qkv", facts.head_dim)
     cut = edit.comment_before(
-        edit.statement(f"{_targets(layout)} = (part.flatten(-2) for part in {parts})"),
-        f"The checkpoint keeps {_words(layout)}.",
+        edit.statement(f"{targets(layout)} = (part.flatten(-2) for part in {cut_apart})"),
+        f"The checkpoint keeps {words(layout)}.",
     )
     body = _around(facts, layout, forward, "qkv = {call}", [cut])
     values = {
@@ -74,7 +74,7 @@ def loader_statements(facts: AttentionFacts) -> list[edit.Statement]:
 for param in self.{layout.attr}.parameters():
     param.weight_loader = partial(self.{_LOADER}, param.weight_loader)
 """),
-            f"The checkpoint keeps {_words(layout)}.",
+            f"The checkpoint keeps {words(layout)}.",
         )
     ]
 
@@ -116,7 +116,7 @@ def {_LOADER}(
         load(param, part.flatten(dim, dim + 1), shard_id)
 """)
     doc = edit.statement(
-        f'"""Put the rows in vLLM\'s order; the checkpoint keeps {_words(layout)}."""'
+        f'"""Put the rows in vLLM\'s order; the checkpoint keeps {words(layout)}."""'
     )
     return set_method(cls, edit.with_body(method, [doc, *edit.body_of(method)]))
 
@@ -124,12 +124,12 @@ def {_LOADER}(
 # ---- helpers ------------------------------------------------------------------------------------
 
 
-def _targets(layout: FusedQkv) -> str:
+def targets(layout: FusedQkv) -> str:
     named = dict(zip("qkv", layout.names, strict=True))
     return ", ".join(named[letter] for letter in layout.order)
 
 
-def _words(layout: FusedQkv) -> str:
+def words(layout: FusedQkv) -> str:
     order = "(" + ", ".join(layout.order) + ")"
     if layout.groups == "1":
         return f"{order} one after the other"
@@ -137,9 +137,8 @@ def _words(layout: FusedQkv) -> str:
     return f"{order} together for " + what.get(layout.groups, f"each of {layout.groups} blocks")
 
 
-def _parts(layout: FusedQkv, name: str, facts: AttentionFacts) -> str:
-    """Expression of the three parts, each [num_tokens, groups, heads of the part * head_dim]."""
-    dim = facts.head_dim
+def parts(layout: FusedQkv, name: str, dim: str) -> str:
+    """Expression of the three parts, each [..., groups, heads of the part * head_dim]."""
     if layout.groups == "heads":
         return f"{name}.unflatten(-1, (-1, 3 * {dim})).chunk(3, dim=-1)"
     heads, kv_heads = (

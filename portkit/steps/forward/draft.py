@@ -13,6 +13,7 @@ from portkit.analysis.facts import facts_of
 from portkit.draft import source_draft
 from portkit.draft.blocker import Blocker
 from portkit.draft.finish import finish
+from portkit.draft.imports import keep_reachable
 from portkit.draft.outcome import DraftOutcome
 from portkit.draft.serving.constructors import drop_unserved_methods
 from portkit.draft.serving.linears import declare_renamed, declare_transposed
@@ -62,8 +63,10 @@ def _drafted(work: Work, form: NormalForm) -> Work:
     port_model(work)
     port_wrappers(work)
     port_causal_lm(work)
-    served = {(name, "forward") for name in (facts.model, *(f.cls for f in facts.layers))}
-    work.module = drop_unserved_methods(work.module, served)
+    names = (facts.model, *(f.cls for f in facts.layers), *_attentions(work))
+    served = {(name, "forward") for name in names}
+    reached = keep_reachable(work.module, [facts.causal_lm])
+    work.module = drop_unserved_methods(reached, served)
     declare_state(work)
     declare_transposed(work, form.transposed)
     declare_renamed(work, form.renamed)

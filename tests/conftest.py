@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,8 +29,22 @@ sys.path.insert(0, str(ROOT / "requirements"))
 import machine  # noqa: E402  (the installer's own look at the machine)
 
 
+@pytest.hookimpl(tryfirst=True, optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many tests run at a time: a core and 8 GiB for each, and one on a GPU."""
+    if machine.find_device(dict(os.environ)).name == "gpu":
+        return 1
+    room = psutil.virtual_memory().total // (8 << 30)
+    return max(1, min(len(os.sched_getaffinity(0)), room))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU or a browser where there is none, and say so."""
+    """Longest first; a file in one process, for its worker's sake. Skip what cannot run here."""
+    slow = {item.path for item in items if item.get_closest_marker("vllm")}
+    items.sort(key=lambda i: (not i.get_closest_marker("notebooks"), i.path not in slow))
+    for item in items:
+        if not item.get_closest_marker("notebooks"):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
     marks = {mark.name for item in items for mark in item.iter_markers()}
     reasons = {}
     if "gpu" in marks:

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import nbformat
@@ -20,6 +21,7 @@ from portkit.clinic import Examination
 from portkit.create import new_port
 from portkit.curriculum import Beside, Step, beside, steps
 from portkit.hints import hints_of
+from portkit.models import bundled
 from portkit.notebook import Session
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
@@ -234,6 +236,18 @@ def test_by_autopilot_all_notebooks_pass_on_a_fresh_port(tmp_path):
     diagnosed = outputs(tmp_path / "done" / "08_diagnose.ipynb")
     assert "Nothing is wrong" in diagnosed["exam.diagnose()"]
     assert "✓ heals" in diagnosed["exam.break_copy()"]
+
+
+@pytest.mark.notebooks
+@pytest.mark.vllm
+@pytest.mark.timeout(2400)
+def test_by_autopilot_another_tutorial_model_passes_in_turn(tmp_path):
+    """One of them a day; PORTKIT_TURN names it."""
+    others = [name for name in bundled() if name != "helium"]
+    name = os.environ.get("PORTKIT_TURN", others[date.today().toordinal() % len(others)])
+    new_port(name, architecture=name, root=tmp_path / "ports")
+    done = nbmake(tmp_path, [s.notebook for s in STEPS], autopilot=True, timeout=600)
+    assert done.returncode == 0, f"{name}: {done.stdout[-6000:]}"
 
 
 @pytest.mark.notebooks

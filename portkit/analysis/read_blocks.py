@@ -199,6 +199,8 @@ def _flows(view: ClassView, linears: set[str]) -> dict[str, frozenset[str]]:
             return frozenset({call_name(node).removeprefix("self.")})
         if isinstance(node, ast.Name):
             return flows.get(node.id, frozenset())
+        if isinstance(node, ast.Attribute) and node.attr in ("dtype", "device", "shape"):
+            return frozenset()  # of a tensor, but none of its numbers
         return frozenset(
             s
             for child in ast.iter_child_nodes(node)

@@ -63,7 +63,8 @@ class AttentionCore(CoreExpressions):
 
     def _statement(self, node: edit.Statement, env: Env) -> list[edit.Statement]:
         if isinstance(node, cst.If):
-            return self._if(node, env)
+            taken = self._of_rank(node, env)
+            return self._if(node, env) if taken is None else self._block(taken, env)
         small = edit.single(node)
         if isinstance(small, cst.Return) and self.attended:
             return [self._returned(node, small)]
@@ -80,6 +81,8 @@ class AttentionCore(CoreExpressions):
         if isinstance(target, cst.Tuple):
             return self._tuple(node, target, value, env)
         name = edit.code(target)
+        if self._rotates(value, env, [name]):
+            return [node]
         got = self.value(value, env)
         return self._bound(node, name, got, env)
 
@@ -155,10 +158,14 @@ class AttentionCore(CoreExpressions):
         if not isinstance(value, cst.Call) or not isinstance(value.func, cst.Name):
             return False
         given = [edit.code(a.value) for a in value.args if a.keyword is None][: len(names)]
-        return given == names and all(
-            env.get(n, OTHER).kind == "tensor" and env[n].axes and env[n].canonical in ("", n)
-            for n in names
-        )
+        found = [env.get(name, OTHER) for name in given]
+        if len(found) < len(names) or any(f.kind != "tensor" or not f.axes for f in found):
+            return False
+        if any(f.canonical not in ("", n) for f, n in zip(found, given, strict=True)):
+            return False
+        for name, got in zip(names, found, strict=True):
+            env[name] = replace(got, canonical=got.canonical and name)
+        return True
 
     def _augmented(self, node, small: cst.AugAssign, env: Env) -> list[edit.Statement]:
         """x *= y as x = x * y."""
@@ -192,6 +199,19 @@ class AttentionCore(CoreExpressions):
         if not body and orelse is None:
             return []
         return [edit.with_body(node, body).with_changes(orelse=orelse)]
+
+    def _of_rank(self, node: cst.If, env: Env) -> list[edit.Statement] | None:
+        """The branch that is taken if the test is `len(x.shape) == n`; None for another test."""
+        for name, got in env.items():
+            asked = f"len({name}.shape) == "
+            number = edit.code(node.test).removeprefix(asked)
+            if got.axes and number.isdigit() and edit.code(node.test) == asked + number:
+                if len(got.axes) == int(number):
+                    return edit.body_of(node)
+                if isinstance(node.orelse, cst.If):
+                    return [node.orelse]
+                return edit.body_of(node.orelse) if node.orelse is not None else []
+        return None
 
     def _joined(self, node: cst.If, inside: Value, outside: Value) -> Value:
         if inside == outside:

@@ -19,7 +19,13 @@ from portkit.draft.serving.core_values import (
 )
 
 _PRODUCTS = ("torch.matmul", "torch.bmm")
-_SOFTMAX = ("nn.functional.softmax", "F.softmax", "torch.softmax", "torch.nn.functional.softmax")
+_SOFTMAX = (
+    "nn.functional.softmax",
+    "F.softmax",
+    "torch.softmax",
+    "torch.nn.functional.softmax",
+    "nn.Softmax(dim=-1)",
+)
 _SDPA = ("F.scaled_dot_product_attention", "torch.nn.functional.scaled_dot_product_attention")
 _SAME = ("contiguous", "to", "float", "type", "type_as", "clone")
 
@@ -163,6 +169,8 @@ class CoreExpressions:
         plain = [a.value for a in node.args if a.keyword is None and not a.star]
         if name in _PRODUCTS and len(plain) == 2:
             return self._product(self.value(plain[0], env), self.value(plain[1], env), node)
+        if name == "torch.cat":
+            return self._joined_heads(node, env)
         if name == "torch.baddbmm" or name.endswith(".baddbmm"):
             return self._baddbmm(node, env)
         if name in _SDPA:
@@ -228,6 +236,8 @@ class CoreExpressions:
             return owner
         if "t" in owner.axes:
             return self._one_of_three(node, owner)
+        if owner.kind == "tensor" and owner.axes[-1:] == ("d",):
+            return self._part_of_heads(node, owner)
         if owner.kind == "attend" and edit.code(node).endswith("[0]"):
             return owner
         if owner.kind == "context" and edit.code(node).endswith("[0]"):
@@ -247,6 +257,26 @@ class CoreExpressions:
         if numbers != ["t"] or parts[owner.axes.index("t")] not in ("0", "1", "2"):
             return OTHER
         return Value("tensor", tuple(a for a in owner.axes if a != "t"))
+
+    def _part_of_heads(self, node: cst.Subscript, owner: Value) -> Value:
+        """query[..., : self.rotary_dim]: some dimensions of each head."""
+        parts = [e.slice for e in node.slice]
+        whole = all(edit.code(p) in (":", "...") for p in parts[:-1])
+        if not whole or not isinstance(parts[-1], cst.Slice) or len(parts) < 2:
+            return OTHER
+        return Value("tensor", (*owner.axes[:-1], "r"))
+
+    def _joined_heads(self, node: cst.Call, env: dict[str, Value]) -> Value:
+        """torch.cat([rotated, passed], dim=-1): whole heads again."""
+        first = node.args[0].value
+        dim = edit.call_argument(node, 1, "dim")
+        if not isinstance(first, cst.List | cst.Tuple) or dimension(dim) != -1:
+            return OTHER
+        found = [self.value(e.value, env) for e in first.elements]
+        if len(found) < 2 or any(f.kind != "tensor" or f.axes != found[0].axes for f in found):
+            return OTHER
+        *lead, last = found[0].axes or ("",)
+        return Value("tensor", (*lead, "d")) if last == "r" else OTHER
 
     # ---- scores -----------------------------------------------------------------------------
 

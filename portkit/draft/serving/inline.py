@@ -107,6 +107,7 @@ def _expanded(
     if given is None:
         return None
     body = [s for s in edit.body_of(function) if not edit.is_docstring(s)]
+    body = _decided(body, given)
     ended = _ending(body, target)
     if ended is None:
         return None
@@ -172,6 +173,27 @@ class _Renamed(cst.CSTTransformer):
 _MARK = "__target__"
 
 
+def _decided(
+    body: list[edit.Statement], given: dict[str, cst.BaseExpression]
+) -> list[edit.Statement]:
+    """The body without branches on a flag that the call gives as True or False."""
+    flags = {name: edit.code(value) for name, value in given.items()}
+    kept: list[edit.Statement] = []
+    for node in body:
+        flag = flags.get(edit.code(node.test)) if isinstance(node, cst.If) else None
+        if flag not in ("True", "False"):
+            kept.append(node)
+        elif flag == "True":
+            kept += edit.body_of(node)
+        elif isinstance(node.orelse, cst.If):
+            kept += _decided([node.orelse], given)
+        elif node.orelse is not None:
+            kept += edit.body_of(node.orelse)
+        if kept and isinstance(edit.single(kept[-1]), cst.Return):
+            break
+    return kept
+
+
 def _ending(body: list[edit.Statement], target: cst.BaseExpression) -> list[edit.Statement] | None:
     if not body:
         return None
@@ -182,6 +204,8 @@ def _ending(body: list[edit.Statement], target: cst.BaseExpression) -> list[edit
     if isinstance(small, cst.Return) and small.value is not None:
         made = cst.Assign([cst.AssignTarget(cst.Name(_MARK))], small.value)
         return [*before, last.with_changes(body=[made])]
+    if isinstance(small, cst.Raise):
+        return body
     if isinstance(last, cst.If):
         first = _ending(edit.body_of(last), target)
         if isinstance(last.orelse, cst.Else):

@@ -168,7 +168,7 @@ def _attends_by_hand(cls: cst.ClassDef) -> bool:
         return False
     written = edit.code(cls)
     products = ("matmul(", "bmm(", " @ ", "scaled_dot_product_attention(")
-    weighs = "softmax(" in written or products[-1] in written
+    weighs = "softmax(" in written.lower() or products[-1] in written
     return weighs and any(p in written for p in products)
 
 

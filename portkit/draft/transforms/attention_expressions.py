@@ -162,8 +162,8 @@ class AttentionExpressions:
         kinds = {left.kind, right.kind}
         if kinds <= {"plain"}:
             return Value("plain", node)
-        if kinds <= {"plain", "shape"}:
-            return Value("shape", node)
+        if kinds <= {"plain", "shape", "erased"}:
+            return ERASED if "erased" in kinds else Value("shape", node)
         if kinds == {"tensor", "plain"}:
             tensor = left if left.kind == "tensor" else right
             return replace(tensor, node=node.with_changes(left=left.node, right=right.node))

@@ -194,6 +194,13 @@ class EmbeddingFacts:
     scale: str
     """Expression that multiplies the embeddings inside the class; "" if none."""
     line: int
+    holder: tuple[str, str] | None = None
+    """(attribute on the model, class) of a module that holds the embedding and norms it."""
+
+    @property
+    def path(self) -> str:
+        """Attributes from the model to the embedding, e.g. "embeddings.tok_embeddings"."""
+        return f"{self.holder[0]}.{self.attr}" if self.holder else self.attr
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from itertools import pairwise
 
 from portkit.analysis.classes import ClassView, ModuleView, argument, call_name, text, view_module
@@ -181,6 +182,19 @@ class Reader:
         )
 
     def embedding(self, view: ClassView) -> EmbeddingFacts | None:
+        """The embedding of the tokens: the model's own, or in a module that norms it."""
+        own = self._own_embedding(view)
+        if own is not None:
+            return own
+        for item in view.assigned:
+            holder = self.module.classes.get(call_name(item.value))
+            found = self._own_embedding(holder) if holder is not None else None
+            looks_up = holder is not None and "(input_ids)" in text(holder.forward or holder.node)
+            if found is not None and looks_up:
+                return replace(found, holder=(item.attr, holder.name))
+        return None
+
+    def _own_embedding(self, view: ClassView) -> EmbeddingFacts | None:
         for item in view.assigned:
             for call in (n for n in ast.walk(item.value) if isinstance(n, ast.Call)):
                 name = call_name(call)

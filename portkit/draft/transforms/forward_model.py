@@ -57,7 +57,7 @@ self.config = config
     embedding = facts.embedding
     if embedding is None:
         raise Blocker(f"{facts.model} has no embedding.", work.line_of(f"class {facts.model}"))
-    cls = _before_forward(cls, embed_method(f"self.{embedding.attr}(input_ids)"))
+    cls = _before_forward(cls, embed_method(f"self.{embedding.path}(input_ids)"))
     work.put(plain_module(cls))
     work.did.append(
         f"{facts.model}: input_ids and positions are [num_tokens]; make_layers names each layer."
@@ -329,7 +329,7 @@ def port_causal_lm(work: Work) -> None:
             body += edit.statements(f"""
 if config.tie_word_embeddings:
     # The checkpoint has no {head.attr}.weight of its own.
-    self.{head.attr}.weight = self.{facts.model_path}.{facts.embedding.attr}.weight
+    self.{head.attr}.weight = self.{facts.model_path}.{facts.embedding.path}.weight
 """)
     after_super = edit.statements(
         "config = vllm_config.model_config.hf_config\nself.config = config"

@@ -6,9 +6,12 @@ import libcst as cst
 
 from portkit.draft import edit
 from portkit.draft.blocker import Blocker
+from portkit.draft.transforms.constructors import add_parameter, pass_argument
 from portkit.draft.transforms.fused_qkv import reorders
+from portkit.draft.transforms.parallel_chain import shard_chains
 from portkit.draft.transforms.parallel_mlp import FUSED
-from portkit.draft.work import Work, set_members, set_method
+from portkit.draft.transforms.parallel_model import only_on
+from portkit.draft.work import Work, plain_module, set_members, set_method
 
 
 def port_causal_lm(work: Work) -> None:
@@ -44,6 +47,8 @@ def port_causal_lm(work: Work) -> None:
             body.append(_head(work, node, pair[1], processor))
         elif isinstance(node, cst.If) and f"self.{head.attr}.weight" in edit.code(node):
             continue
+        elif pair and _before_logits(work, cls, attr, pair[1]):
+            body.append(_last_stage(work, node, attr))
         else:
             body.append(node)
     body.append(
@@ -78,6 +83,30 @@ def port_causal_lm(work: Work) -> None:
     )
 
 
+def _before_logits(work: Work, cls: cst.ClassDef, attr: str, value: cst.BaseExpression) -> bool:
+    """Is it a module of the file, with linears, that compute_logits calls before the head?"""
+    compute = edit.method(cls, "compute_logits")
+    called = compute is not None and edit.find(compute, lambda n: edit.is_call(n, f"self.{attr}"))
+    name = edit.code(value.func) if isinstance(value, cst.Call) else ""
+    return bool(called) and work.has(name) and "nn.Linear(" in edit.code(work.cls(name))
+
+
+def _last_stage(work: Work, node: edit.Statement, attr: str) -> edit.Statement:
+    """A prediction head before the projection to the vocabulary: vLLM's linears, last stage."""
+    name = edit.code(edit.assigned_attribute(node)[1].func)
+    cls = work.cls(name)
+    init = edit.method(cls, "__init__")
+    for parameter in ("quant_config: QuantizationConfig | None = None", 'prefix: str = ""'):
+        init = add_parameter(init, parameter)
+    cls, whole = shard_chains(work, set_method(cls, init))
+    work.put(plain_module(cls))
+    if whole:
+        work.warnings.append(f"{name}: {', '.join(whole)} whole on every rank.")
+    for argument in ("quant_config=quant_config", f'prefix=maybe_prefix(prefix, "{attr}")'):
+        node = pass_argument(node, edit.assigned_attribute(node)[1], argument)
+    return only_on("get_pp_group().is_last_rank", node, attr)
+
+
 def _head(work: Work, node: edit.Statement, call: cst.Call, processor: str) -> edit.Statement:
     head = work.facts.head
     rows, columns = (
@@ -85,7 +114,7 @@ def _head(work: Work, node: edit.Statement, call: cst.Call, processor: str) -> e
         edit.call_argument(call, 0, "in_features"),
     )
     bias = f"    bias={head.bias},\n    " if head.bias != "False" else "    "
-    embedding = f"self.{work.facts.model_path}.{work.facts.embedding.attr}"
+    embedding = f"self.{work.facts.model_path}.{work.facts.embedding.path}"
     tie = (
         f"""
     if config.tie_word_embeddings:

@@ -10,7 +10,7 @@ from portkit.draft.blocker import Blocker
 from portkit.draft.transforms import recurrent
 from portkit.draft.transforms.constructors import add_parameter, pass_argument
 from portkit.draft.transforms.parallel_chain import shard_chains
-from portkit.draft.work import Work, set_method
+from portkit.draft.work import Work, plain_module, set_method
 
 _QUANT = "quant_config: QuantizationConfig | None = None"
 
@@ -87,10 +87,12 @@ def port_model(work: Work) -> None:
                 edit.statement("quant_config = vllm_config.quant_config"),
                 edit.statement("self.quant_config = quant_config"),
             ]
+        elif attr and facts.embedding.holder and attr == facts.embedding.holder[0]:
+            body.append(_held_embedding(work, node))
         elif attr and attr == facts.embedding.attr:
-            body.append(_embedding(work, node, pair[1]))
+            body.append(_first_stage(work, _embedding(work, node, pair[1]), attr))
         elif attr and attr == facts.final_norm:
-            body.append(_only_on("get_pp_group().is_last_rank", node, attr))
+            body.append(only_on("get_pp_group().is_last_rank", node, attr))
         elif edit.find(node, lambda n: edit.is_call(n, "make_layers")):
             call = edit.find(node, lambda n: edit.is_call(n, facts.layer.cls))
             body.append(pass_argument(node, call[0], "quant_config=quant_config") if call else node)
@@ -120,7 +122,7 @@ self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
     work.did.append(f"{facts.model}: VocabParallelEmbedding, pipeline stages, torch.compile.")
 
 
-def _only_on(condition: str, node: edit.Statement, attr: str) -> edit.Statement:
+def only_on(condition: str, node: edit.Statement, attr: str) -> edit.Statement:
     """Make a submodule only on the pipeline stages that need it."""
     made = edit.statement(f"if {condition}:\n    pass\nelse:\n    self.{attr} = PPMissingLayer()")
     inner = node.with_changes(leading_lines=[])
@@ -142,11 +144,38 @@ def _embedding(work: Work, node: edit.Statement, call: cst.BaseExpression) -> ed
         name = "VocabParallelEmbedding"
     arguments += ["quant_config=quant_config", f'prefix=f"{{prefix}}.{attr}"']
     made = edit.statement(f"self.{attr} = {name}(\n    " + ",\n    ".join(arguments) + ",\n)")
-    made = made.with_changes(leading_lines=node.leading_lines)
+    return made.with_changes(leading_lines=node.leading_lines)
+
+
+def _held_embedding(work: Work, node: edit.Statement) -> edit.Statement:
+    """A module that looks tokens up and norms them: it makes the embedding, all on one stage."""
+    attr, name = work.facts.embedding.holder
+    cls = work.cls(name)
+    init = edit.method(cls, "__init__")
+    body = []
+    for inner in edit.body_of(init):
+        pair = edit.assigned_attribute(inner)
+        made = pair is not None and pair[0] == work.facts.embedding.attr
+        body.append(_embedding(work, inner, pair[1]) if made else inner)
+    for parameter in (_QUANT, 'prefix: str = ""'):
+        init = add_parameter(init, parameter)
+    cls, whole = shard_chains(work, set_method(cls, edit.with_body(init, body)))
+    if whole:
+        work.warnings.append(f"{name}: {', '.join(whole)} whole on every rank.")
+    work.put(plain_module(cls))
+    for argument in ("quant_config=quant_config", f'prefix=f"{{prefix}}.{attr}"'):
+        call = edit.assigned_attribute(node)[1]
+        node = pass_argument(node, call, argument)
+    return _first_stage(work, node, attr)
+
+
+def _first_stage(work: Work, made: edit.Statement, attr: str) -> edit.Statement:
+    """Made on the stage that looks tokens up, and where the head is its weights."""
+    facts = work.facts
     condition = "get_pp_group().is_first_rank"
     if facts.head is not None and facts.head.can_tie:
         condition += " or (config.tie_word_embeddings and get_pp_group().is_last_rank)"
-    return _only_on(condition, made, attr)
+    return only_on(condition, made, attr)
 
 
 def _own_embedding(work: Work, call: cst.Call) -> list[str]:

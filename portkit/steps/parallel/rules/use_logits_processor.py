@@ -42,6 +42,13 @@ class UseLogitsProcessor(Rule):
                     return self.logits_processor(self.lm_head, hidden_states)
             """
         ),
+        Valid(
+            """
+            class T(nn.Module):
+                def compute_logits(self, hidden_states):
+                    return self.logits_processor(self.decoder, self.lm_head(hidden_states))
+            """
+        ),
         Valid("class T(nn.Module):\n    def forward(self, x):\n        return self.lm_head(x)\n"),
     ]
     INVALID = [
@@ -71,9 +78,20 @@ class UseLogitsProcessor(Rule):
             return
         dotted = self.source.dotted(node.func)
         by_hand = dotted.endswith((".linear", ".matmul")) and "lm_head" in self.source.code(node)
+        if self._feeds_the_processor(node):
+            return
         if dotted in ("self.lm_head", "self.embed_out") or by_hand:
             self.report(
                 node,
                 f"`{self.source.code(node)}` gives one rank's logits, padding included: call "
                 "`self.logits_processor(self.lm_head, hidden_states)`.",
             )
+
+    def _feeds_the_processor(self, node: cst.Call) -> bool:
+        """Is it a prediction head, a module before the projection to the vocabulary?"""
+        return any(
+            isinstance(outer, cst.Call)
+            and self.source.dotted(outer.func).endswith("logits_processor")
+            and any(argument.value is node for argument in outer.args[1:2])
+            for outer in self.source.ancestors(node)
+        )

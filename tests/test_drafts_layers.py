@@ -1,0 +1,37 @@
+"""Drafts of decoders whose layers, embeddings or heads differ among each other."""
+
+import pytest
+from test_drafts import STEPS, copied, drafted, states
+
+from portkit.lint.engine import lint_source
+from portkit.lint.registry import rules_of
+
+MODELS = ("modernbert-decoder",)
+WRITTEN = [
+    # The embedding is in a module that norms it, and a prediction head comes before the logits.
+    ("modernbert-decoder", "forward", "return self.embeddings.tok_embeddings(input_ids)"),
+    ("modernbert-decoder", "weights", "self.tok_embeddings = VocabParallelEmbedding("),
+    ("modernbert-decoder", "weights", 'prefix=f"{prefix}.embeddings",'),
+    ("modernbert-decoder", "weights", "self.dense = ReplicatedLinear("),
+    ("modernbert-decoder", "weights", 'prefix=maybe_prefix(prefix, "lm_head"),'),
+    (
+        "modernbert-decoder",
+        "weights",
+        "tie_weights(\n                    self.model.embeddings.tok",
+    ),
+]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_drafts_satisfy_the_rules_and_are_done(model: str) -> None:
+    architecture, _ = copied(model)
+    for step in STEPS:
+        rules = [rule for rule in rules_of(step) if rule.target == "modeling"]
+        left = lint_source(states(model)[step], "modeling.py", rules)
+        assert [(f.rule, f.line, f.message) for f in left] == []
+        assert drafted(states(model)[step], architecture, step).status == "skipped"
+
+
+@pytest.mark.parametrize(("model", "step", "text"), WRITTEN)
+def test_what_differs_is_kept(model: str, step: str, text: str) -> None:
+    assert text in states(model)[step]

@@ -19,6 +19,13 @@ WRITTEN = [
         "weights",
         "tie_weights(\n                    self.model.embeddings.tok",
     ),
+    # Angles by the type of the layer, None for types that do not rotate: a table decides it.
+    (
+        "cohere_compass_text",
+        "forward",
+        "if config.rope_parameters[config.layer_types[layer_idx]] is not None",
+    ),
+    ("cohere_compass_text", "weights", "if self.rotary_emb is not None:"),
 ]
 
 

@@ -48,6 +48,7 @@ def test_embeddings_for_each_layer_are_made_small_too(tmp_path: Path) -> None:
         ("KimiLinearForCausalLM", "kimi_linear"),  # sizes under names that it maps
         ("ZayaForCausalLM", "zaya"),  # two experts per token are refused
         ("LongcatFlashForCausalLM", "longcat_flash"),
+        ("CohereCompassForCausalLM", "cohere_compass_text"),  # rope_parameters by type of layer
     ],
 )
 def test_unusual_configs_are_made_small(architecture: str, model_type: str, tmp_path: Path) -> None:

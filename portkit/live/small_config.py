@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+LAYER_TYPES = ("sliding_attention", "full_attention")
+
 
 def sizes_of(default: Any, fields: dict[str, Any], sizes: dict[str, int]) -> dict[str, int]:
     """The sizes that the config has a field for; some configs keep a usual name as an alias."""
@@ -63,9 +65,32 @@ def build(cls: type, config_class: type, values: dict[str, Any]) -> torch.nn.Mod
             if more is None:
                 raise
             values = {**values, **more}
+        except KeyError as error:
+            if values.get("rope_parameters") or error.args[0] not in LAYER_TYPES:
+                raise
+            values = {**values, **_rope_by_layer_type(config_class, values)}
     if not torch.isfinite(logits).all():
         raise ValueError("the logits are not finite")
     return model
+
+
+def _rope_by_layer_type(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Give sliding layers a rotation and full ones none, where the config has none by default.
+
+    Sections for rows and columns of images are left to the code, whose default is for heads of 128:
+    a config that names them asks vLLM for positions of images.
+    """
+    config = config_class(**values)
+    found: dict[str, Any] = {
+        "layer_types": [LAYER_TYPES[i % 2] for i in range(config.num_hidden_layers)],
+        "rope_parameters": {
+            "full_attention": None,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0},
+        },
+    }
+    if "mrope_section" in (getattr(config, "ignore_keys_at_rope_validation", None) or ()):
+        found["head_dim"] = 128
+    return found
 
 
 def _lacking(

@@ -91,8 +91,14 @@ def _rotation_if(work: Work) -> RotationIf | None:
     made = [a for a in view.assigned if call_name(a.value) == facts.rotary.cls]
     conditions = [a.condition.replace("self.config", "config") for a in made if a.condition]
     cls = work.cls(facts.model)
-    for loop in edit.find(edit.method(cls, "forward"), lambda n: isinstance(n, cst.For)):
-        handed = _handed_if(loop)
+    forward = edit.method(cls, "forward")
+    tables = {
+        edit.code(p[0]): p[1]
+        for n in edit.body_of(forward)
+        if (p := edit.assigned(n)) is not None and isinstance(p[1], cst.DictComp)
+    }
+    for loop in edit.find(forward, lambda n: isinstance(n, cst.For)):
+        handed = _handed_if(loop, tables)
         if handed is None:
             return None
         conditions += handed
@@ -102,9 +108,10 @@ def _rotation_if(work: Work) -> RotationIf | None:
     return RotationIf(" and ".join(dict.fromkeys(conditions)))
 
 
-def _handed_if(loop: cst.For) -> list[str] | None:
+def _handed_if(loop: cst.For, tables: dict[str, cst.DictComp]) -> list[str] | None:
     """The condition in `position_embeddings=angles if self.config.types[i] == "x" else None`.
 
+    Or in the table of angles by type that the loop picks from, with the type that it picks.
     None if the angles are picked, too (`angles[base]`): a condition alone would lose the base.
     """
     if not isinstance(loop.target, cst.Tuple):
@@ -123,6 +130,13 @@ def _handed_if(loop: cst.For) -> list[str] | None:
                 return None
             test = edit.flat(value.test).replace("self.config", "config")
             found.append(test.replace(f"[{index}]", "[layer_idx]"))
+        if isinstance(value, cst.Subscript) and edit.code(value.value) in tables:
+            table = tables[edit.code(value.value)]
+            if isinstance(table.value, cst.IfExp) and edit.code(table.value.orelse) == "None":
+                kind = edit.flat(value.slice[0].slice)
+                test = edit.flat(edit.replace_text(table.value.test, edit.code(table.key), kind))
+                test = test.replace("self.config", "config")
+                found.append(test.replace(f"[{index}]", "[layer_idx]"))
     return found
 
 

@@ -6,7 +6,17 @@ from test_drafts import STEPS, copied, drafted, states
 from portkit.lint.engine import lint_source
 from portkit.lint.registry import rules_of
 
-MODELS = ("opt", "mpt", "gpt2", "moshi", "openai-gpt", "falcon", "gptj", "codegen")
+MODELS = (
+    "opt",
+    "mpt",
+    "gpt2",
+    "moshi",
+    "openai-gpt",
+    "falcon",
+    "gptj",
+    "codegen",
+    "gpt_neox_japanese",
+)
 WRITTEN = [
     ("opt", "forward", "super().forward(positions + self.offset)"),
     ("opt", "forward", "self.model.decoder.embed_tokens.weight"),
@@ -45,6 +55,12 @@ WRITTEN = [
     ("codegen", "weights", "qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)"),
     ("codegen", "weights", "fused = loaded_weight.unflatten(dim, (4, -1))"),
     ("codegen", "weights", '"qvk",\n            fused.split('),
+    # A bias that attention hands to its layer: attention adds it, where all ranks have the sum.
+    (
+        "gpt_neox_japanese",
+        "weights",
+        "self.dense(attn_output)\n        if self.dense_bias is not None:",
+    ),
     ("openai-gpt", "weights", "1.0 / math.sqrt((self.split_size // self.total_num_heads)),"),
 ]
 

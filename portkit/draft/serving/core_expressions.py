@@ -13,6 +13,7 @@ from portkit.draft.serving.core_values import (
     MASK,
     OTHER,
     PLAIN,
+    ZEROS,
     Value,
     dimension,
     viewed,
@@ -169,6 +170,8 @@ class CoreExpressions:
         plain = [a.value for a in node.args if a.keyword is None and not a.star]
         if name in _PRODUCTS and len(plain) == 2:
             return self._product(self.value(plain[0], env), self.value(plain[1], env), node)
+        if name == "torch.zeros":
+            return ZEROS
         if name == "torch.cat":
             return self._joined_heads(node, env)
         if name == "torch.baddbmm" or name.endswith(".baddbmm"):
@@ -305,7 +308,7 @@ class CoreExpressions:
         base = self.value(plain[0], env)
         if base.kind == "bias":
             return replace(scores, factor=alpha, bias=beta)
-        return replace(scores, factor=alpha) if beta == "0" else OTHER
+        return replace(scores, factor=alpha) if beta == "0" or base == ZEROS else OTHER
 
     def _sdpa(self, node: cst.Call, plain, env: dict[str, Value]) -> Value:
         given = {a.keyword.value: a.value for a in node.args if a.keyword is not None}

@@ -40,6 +40,7 @@ class Value:
 
 OTHER = Value("other")
 PLAIN = Value("plain")
+ZEROS = Value("plain", text="0")
 MASK = Value("mask")
 
 

@@ -20,9 +20,17 @@ def inline_methods(cls: cst.ClassDef, function: cst.FunctionDef) -> cst.Function
     def helper(call: cst.Call) -> cst.FunctionDef | None:
         name = edit.code(call.func)
         found = edit.method(cls, name.removeprefix("self.")) if name.startswith("self.") else None
-        return None if found is not None and found.name.value == "forward" else found
+        return None if found is None or found.name.value == "forward" else _own(found)
 
     return _inlined(function, helper)
+
+
+def _own(method: cst.FunctionDef) -> cst.FunctionDef:
+    """A class method without its class: self stands where it is called."""
+    if "classmethod" not in [edit.code(d.decorator) for d in method.decorators]:
+        return method
+    parameters = method.params.params
+    return method.with_changes(params=method.params.with_changes(params=parameters[1:]))
 
 
 def inline_functions(

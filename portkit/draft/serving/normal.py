@@ -27,6 +27,7 @@ from portkit.draft.serving.constructors import (
 from portkit.draft.serving.linears import plain_linears, unwrap_linears
 from portkit.draft.serving.parameters import drop_unread_parameters, read_config_instead
 from portkit.draft.serving.residuals import call_autograd_functions, hoist_residuals
+from portkit.draft.serving.returned_parameters import add_inside, keep_parameters
 from portkit.draft.serving.router_methods import router_classes
 from portkit.draft.serving.same_arguments import merge_same_arguments
 from portkit.draft.serving.specialise import Specialised, specialise
@@ -67,6 +68,7 @@ def normal_form(module: cst.Module, architecture: str) -> NormalForm:
     notes: list[str] = []
     if "F.linear(" in source:
         module, notes = refuse_sliced_weights(module)
+    module = keep_parameters(module)
     alibi = alibi_functions(module) if "pow(" in source else frozenset()
     served = specialise(module, architecture, alibi)
     module = drop_unserved_parts(served.module, set(served.passed))
@@ -101,6 +103,7 @@ def normal_form(module: cst.Module, architecture: str) -> NormalForm:
             cls, blocker = _with_core_called(module, cls, served)
             module = _replaced(module, cls)
             lost += [(cls.name.value, blocker)] if blocker is not None else []
+    module = add_inside(module)
     if "torch.tril(" in source:
         for cls in _served_classes(module, served):
             module = _replaced(module, without(cls, causal_buffers(cls).attrs))

@@ -49,6 +49,8 @@ def _roles(forward: cst.FunctionDef) -> tuple[str, str, str] | None:
         elif edit.code(node.func).endswith("scaled_dot_product_attention"):
             plain = [_root(a.value) for a in node.args if a.keyword is None]
             return (plain[0], plain[1], plain[2]) if len(plain) >= 3 else None
+        elif edit.code(node.func) == "torch.baddbmm" and len(node.args) > 2:
+            pairs.append((_root(node.args[1].value), _root(node.args[2].value)))
         elif edit.code(node.func) in _PRODUCTS and len(node.args) == 2:
             pairs.append((_root(node.args[0].value), _root(node.args[1].value)))
     if len(pairs) != 2:

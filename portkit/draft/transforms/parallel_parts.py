@@ -41,9 +41,31 @@ def head_parameters(facts: AttentionFacts, view: ClassView) -> dict[str, bool]:
 
 
 def whole_parameters(facts: AttentionFacts, view: ClassView) -> set[str]:
-    """Parameters as wide as one head: the same for all heads, so whole on every rank."""
+    """Parameters that every rank holds whole.
+
+    As wide as one head: the same for all heads. Or as wide as the output and used behind it only,
+    where all ranks have the sum.
+    """
     dim = _resolved(view, facts.head_dim)
-    return {i.attr for i in view.assigned if _parameter_size(view, i.value) in (dim, f"({dim},)")}
+    width = _resolved(view, facts.o.out_features) if facts.o is not None else ""
+    found = {i.attr: _parameter_size(view, i.value).strip("(,)") for i in view.assigned}
+    return {
+        attr
+        for attr, size in found.items()
+        if size and (size == dim or (size == width and _behind_output(facts, view, attr)))
+    }
+
+
+def _behind_output(facts: AttentionFacts, view: ClassView, attr: str) -> bool:
+    """Whether forward reads the attribute only after the output projection."""
+    body = view.forward.body
+    calls = [
+        n
+        for n, s in enumerate(body)
+        if any(call_name(c) == f"self.{facts.o.attr}" for c in ast.walk(s))
+    ]
+    reads = [n for n, s in enumerate(body) if f"self.{attr}" in text(s)]
+    return len(calls) == 1 and all(n > calls[0] for n in reads)
 
 
 def _parameter_size(view: ClassView, value: ast.expr) -> str:

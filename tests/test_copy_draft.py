@@ -246,3 +246,21 @@ def test_a_header_without_licence_falls_back_to_the_package():
     assert licence_of(text) is None
     licence = licence_of(text, package="transformers")
     assert (licence.spdx, licence.found) == ("Apache-2.0", "metadata of transformers")
+
+
+def test_a_class_of_another_models_file_is_brought_along():
+    found = find_architecture("nemotron_h")
+    text = found.file.read_text(encoding="utf-8")
+    code = extract(text, found.name, found.file.name, InTransformers(found.module)).code
+    assert "import Zamba2RMSNormGated" not in code
+    assert "# From transformers.models.zamba2.modeling_zamba2\nclass Zamba2RMSNormGated(" in code
+    # Where the file uses a name of that class for something else, the import stays.
+    other = (
+        text.replace("Zamba2RMSNormGated", "Zamba2RotaryEmbedding")
+        .replace(
+            "class NemotronHMLP", "def dynamic_rope_update():\n    pass\n\n\nclass NemotronHMLP"
+        )
+        .replace("self.act_fn = ", "dynamic_rope_update()\n        self.act_fn = ")
+    )
+    code = extract(other, found.name, found.file.name, InTransformers(found.module)).code
+    assert "import Zamba2RotaryEmbedding" in code

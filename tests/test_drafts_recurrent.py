@@ -9,6 +9,7 @@ from portkit.analysis.facts import facts_of
 from portkit.architectures import find_architecture
 from portkit.draft.outcome import DraftOutcome
 from portkit.draft.source_draft import draft_source_outcome
+from portkit.draft.transforms import expert_layouts
 from portkit.report.model import picture
 from portkit.steps.choose.difficulty import difficulties
 from portkit.steps.copy.extract import extract
@@ -228,3 +229,35 @@ def test_another_linear_attention_is_refused(old: str, new: str, words: str) -> 
     outcome = drafted(source.replace(old, new), architecture, "forward")
     assert outcome.status == "failed"
     assert words in outcome.reason
+
+
+def test_layers_of_four_kinds_one_of_them_experts_without_a_gate() -> None:
+    text = weights("nemotron_h")
+    assert "layer_class = LAYER_TYPES[config.layers_block_type[idx]]" in text
+    assert "self.mixer = MambaMixer2(" in text
+    assert "activation=activation_without_mul(config.mlp_hidden_act)" in text
+    assert 'ckpt_names=("up_proj", "down_proj", None)' in text
+    # In a branch: what stands there otherwise returns a tensor, so these do, too.
+    assert text.count("return_bias=False") == 2
+    assert "nn.Linear" not in text
+
+
+def test_a_time_step_limited_over_prompts_alone_is_told() -> None:
+    architecture, source = copied("nemotron_h")
+    outcome = drafted(source, architecture, "forward")
+    assert [w for w in outcome.warnings if "limits time steps to at least" in w]
+    # Limited in decoding, too, it is what vLLM's layer would get wrong: refused at the start.
+    step = "                dt_softplus=True,\n                **kwargs,\n            )\n"
+    assert step in source
+    limited = source.replace(step, step.replace("**", "dt_limit=self.time_step_limit, **"), 1)
+    ((_, text),) = drafted(limited, architecture, "forward").files
+    assert "MambaMixer2 does not clamp time steps" in text
+
+
+def test_experts_without_a_gate_whose_checkpoint_is_stacked_are_refused(monkeypatch) -> None:
+    architecture, source = copied("nemotron_h")
+    ((_, source),) = drafted(source, architecture, "forward").files
+    monkeypatch.setattr(expert_layouts, "conversions_of", lambda _: ())
+    outcome = drafted(source, architecture, "parallel")
+    assert outcome.status == "failed"
+    assert "NemotronHExperts has no gate" in outcome.reason and "line " in outcome.reason

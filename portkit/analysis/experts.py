@@ -183,6 +183,7 @@ def read_experts(view: ClassView) -> ExpertsFacts:
         why,
         gated.biases,
         gated.clamp,
+        has_gate=gated.has_gate,
     )
 
 
@@ -198,10 +199,11 @@ class Gated:
     """Those of gate_up and down, where they have any."""
     clamp: tuple[str, str] = ("", "")
     """alpha and limit of a swigluoai."""
+    has_gate: bool = True
 
 
 def _gated(view: ClassView, term: Any) -> Gated:
-    """The parts of down(act(gate) * up) * weight."""
+    """The parts of down(act(gate) * up) * weight, or of down(act(up)) * weight."""
     match term:
         case ("mul", body, ("weight",)) | ("mul", ("weight",), body):
             pass
@@ -219,6 +221,8 @@ def _gated(view: ClassView, term: Any) -> Gated:
     if bias_down:
         raise CannotTell("its experts have biases and a gate that vLLM has not", view.node)
     match body:
+        case ("linear", down, ("act", act, ("linear", up, ("x",), same)), turned) if same == turned:
+            return Gated(up, down, _activation(view, act), turned, has_gate=False)
         case (
             "linear",
             down,
@@ -233,7 +237,7 @@ def _gated(view: ClassView, term: Any) -> Gated:
             match first:
                 case ("linear", gate_up, ("x",), same) if same == turned:
                     return Gated(gate_up, down, _activation(view, act), turned)
-    raise CannotTell("its experts are not down(act(gate) * up)", view.node)
+    raise CannotTell("its experts are neither down(act(gate) * up) nor down(act(up))", view.node)
 
 
 def _without_bias(term: Any) -> tuple[Any, ...]:

@@ -72,6 +72,8 @@ class ExpertsFacts:
     """Attributes of the stacked biases of gate_up and down; () for none."""
     clamp: tuple[str, str] = ("", "")
     """Of a swigluoai, whose gate and up alternate in gate_up: alpha and limit, as source."""
+    has_gate: bool = True
+    """False: down(act(up)), and gate_up is the parameter of up."""
 
 
 @dataclass(frozen=True)

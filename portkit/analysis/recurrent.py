@@ -64,6 +64,8 @@ class RecurrentFacts:
     """Tensors of the checkpoint that follow from the config."""
     given_shards: tuple[str, ...] = ()
     """Submodules whose loader in vLLM wants the place as an argument, not on the tensor."""
+    note: str = ""
+    """What vLLM's layer computes otherwise that the reader should know."""
     why: str = ""
     start: str = ""
     """The vLLM class a person would start from when the draft cannot."""

@@ -7,6 +7,7 @@ projection is split into, which part gates, what is normed, how time steps are l
 from __future__ import annotations
 
 import ast
+import re
 from typing import TYPE_CHECKING
 
 from portkit.analysis.classes import ClassView, argument, call_name, text
@@ -101,7 +102,8 @@ def _mamba2(reader: Reader, view: ClassView) -> RecurrentFacts:
     gate = _check_splits(sizes, found)
     if "dt_softplus=True" not in text(view.forward):
         raise _Strange("the time step has no softplus")
-    guards = [*_bias_guard(found, "MambaMixer2"), *_time_limit(sizes)]
+    limits, note = _time_limit(sizes)
+    guards = [*_bias_guard(found, "MambaMixer2"), *limits]
     rms, eps, whole, more = _gated_norm(reader, sizes, gate)
     guards += more
     found |= {
@@ -122,7 +124,7 @@ def _mamba2(reader: Reader, view: ClassView) -> RecurrentFacts:
     scale, vector = _scales(reader, sizes)
     return RecurrentFacts(
         view.name, view.line, "mamba2", "MambaMixer2", arguments, renames=(_A,),
-        guards=tuple(guards), whole_norm=whole, in_scale=scale, channel_scale=vector,
+        guards=tuple(guards), whole_norm=whole, in_scale=scale, channel_scale=vector, note=note,
     )  # fmt: skip
 
 
@@ -169,20 +171,39 @@ def _head_dim(sizes: Sizes) -> str:
     raise _Strange("forward has no chunk_scan(x.view(..., heads, head_dim), ...) call")
 
 
-def _time_limit(sizes: Sizes) -> list[tuple[str, str]]:
-    """vLLM's kernels do not clamp the time step."""
+def _time_limit(sizes: Sizes) -> tuple[list[tuple[str, str]], str]:
+    """(guards, note): vLLM's kernels do not clamp the time step.
+
+    A lower limit that the original has for prompts alone is none while it decodes: there, too, it
+    goes by the time step as it is, and so does the port.
+    """
     for call in sizes.calls:
         for keyword in call.keywords:
             if keyword.arg == "dt_limit":
                 limit = sizes.resolved(keyword.value)
                 wanted = "(0.0, float('inf'))"
                 if limit == wanted:
-                    return []
+                    return [], ""
+                lower = re.fullmatch(r"\((config\.\w+), float\('inf'\)\)", limit)
+                if lower is not None and _decodes_unlimited(sizes):
+                    return [], (
+                        f"{sizes.view.name} limits time steps to at least {lower[1]} over prompts, "
+                        "not while decoding; MambaMixer2 limits them nowhere."
+                    )
                 value = f"tuple({limit})" if limit.startswith("config.") else limit
-                return [
-                    (f'{value} != (0.0, float("inf"))', "MambaMixer2 does not clamp time steps")
-                ]
-    return []
+                guard = (
+                    f'{value} != (0.0, float("inf"))', "MambaMixer2 does not clamp time steps"
+                )  # fmt: skip
+                return [guard], ""
+    return [], ""
+
+
+def _decodes_unlimited(sizes: Sizes) -> bool:
+    """Does the step of one token take no limit, while a limit is only given by this name?"""
+    steps = [c for c in sizes.calls if call_name(c).endswith("state_update")]
+    return bool(steps) and not any(
+        k.arg == "dt_limit" or "limit" in text(k.value) for c in steps for k in c.keywords
+    )
 
 
 def _gated_norm(

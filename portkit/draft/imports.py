@@ -30,6 +30,7 @@ VLLM_NAMES = {
     "get_act_fn": f"{_LAYERS}.activation",
     "Attention": f"{_LAYERS}.attention",
     "FusedMoEFactory": f"{_LAYERS}.fused_moe",
+    "activation_without_mul": f"{_LAYERS}.fused_moe",
     "GateLinear": f"{_LAYERS}.fused_moe",
     "RoutedExperts": f"{_LAYERS}.fused_moe.routed_experts",
     "GemmaRMSNorm": f"{_LAYERS}.layernorm",

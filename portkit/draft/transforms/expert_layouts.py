@@ -66,6 +66,8 @@ def checkpoint_layout(work: Work, experts: ExpertsFacts, facts: MoeFacts) -> lis
                 experts.line,
             )
         return _alternating(work, experts)
+    if not experts.has_gate:
+        return _without_gate(experts, merges)
     if not merges:
         if (experts.gate_up, experts.down) != _STACKED:
             raise Blocker(
@@ -84,6 +86,22 @@ def checkpoint_layout(work: Work, experts: ExpertsFacts, facts: MoeFacts) -> lis
     names = (both.parts[0], down.parts[0], both.parts[-1])
     quoted = ", ".join(f'"{n}"' for n in names)
     return [] if names == _NAMES else [f"ckpt_names=({quoted})"]
+
+
+def _without_gate(experts: ExpertsFacts, merges: dict[str, Merge]) -> list[str]:
+    """The names of up and down, one expert each: vLLM's loader takes no others without a gate."""
+    up, down = merges.get(experts.gate_up), merges.get(experts.down)
+    if (
+        up is None
+        or down is None
+        or not all(m.operations == ("MergeModulelist",) for m in (up, down))
+    ):
+        raise Blocker(
+            f"{experts.cls} has no gate, and its checkpoint does not keep each expert's "
+            f"{experts.gate_up} and {experts.down} by itself: vLLM has no loader for that.",
+            experts.line,
+        )
+    return [f'ckpt_names=("{up.parts[0]}", "{down.parts[0]}", None)']
 
 
 def _alternating(work: Work, experts: ExpertsFacts) -> list[str]:

@@ -165,6 +165,8 @@ def _init(
             body += gate_statements(work, facts, node, own_class)
         elif pair and _linear(pair[1]):
             body.append(linear_statement(node, "ReplicatedLinear"))
+        elif isinstance(node, cst.If):
+            body.append(_optional_linears(node))
         else:
             body.append(_quantised(work, facts, node))
     body += [*constants_guard(facts.experts), edit.blank_before(made)]
@@ -172,6 +174,19 @@ def _init(
     if "layer_idx" in written and "layer_idx = " not in written:
         body.insert(1, edit.statement("layer_idx = extract_layer_index(prefix)"))
     return add_parameter(edit.with_body(init, body), _QUANT)
+
+
+def _optional_linears(node: cst.If) -> cst.If:
+    """Linears that the config may leave out: they return a tensor, as what is there instead."""
+
+    def change(here: cst.CSTNode) -> cst.CSTNode | None:
+        pair = edit.assigned_attribute(here) if isinstance(here, cst.SimpleStatementLine) else None
+        if pair is None or not _linear(pair[1]):
+            return None
+        made = linear_statement(here, "ReplicatedLinear")
+        return pass_argument(made, edit.assigned_attribute(made)[1], "return_bias=False")
+
+    return edit.replace(node, change)
 
 
 def _quantised(work: Work, facts: MoeFacts, node: edit.Statement) -> edit.Statement:
@@ -193,7 +208,9 @@ def _experts(work: Work, facts: MoeFacts, arguments: list[str]) -> edit.Statemen
         f"intermediate_size={experts.intermediate_size}",
         *arguments,
     ]
-    if experts.activation.strip("'\"") != "silu":
+    if not experts.has_gate:
+        written.append(f"activation=activation_without_mul({experts.activation})")
+    elif experts.activation.strip("'\"") != "silu":
         written.append(f"activation={experts.activation}")
     written += checkpoint_layout(work, experts, facts)
     written += ["quant_config=quant_config", f'prefix=f"{{prefix}}.{facts.experts_attr}"']

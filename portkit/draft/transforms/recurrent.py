@@ -60,6 +60,7 @@ def refuse_unknown(work: Work) -> None:
             raise Blocker(
                 f"{mixer.why}.", mixer.line, f"A person would start from vLLM's {mixer.start}."
             )
+        work.warnings += [mixer.note] if mixer.note else []
 
 
 def mixers_of(work: Work, layer: LayerFacts) -> dict[str, RecurrentFacts]:

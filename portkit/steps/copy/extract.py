@@ -15,6 +15,8 @@ from libcst.metadata import GlobalScope, MetadataWrapper, ScopeProvider
 
 from portkit.architectures import closest
 from portkit.errors import PortkitError
+from portkit.steps.copy.bring import bring_in
+from portkit.steps.copy.places import InTransformers
 
 DOCS_ONLY = {
     "auto_docstring",
@@ -97,13 +99,18 @@ def extract(source: str, root: str, path: str, resolve: Resolve) -> Extracted:
         for index, s in enumerate(module.body)
         if isinstance(s, cst.ClassDef | cst.FunctionDef)
     }
-    new = module.with_changes(header=(), footer=(), body=body)
+    new, _ = bring_in(module.with_changes(header=(), footer=(), body=body), _whole)
     return Extracted(
         new.code.strip("\n") + "\n",
         tuple(name for name, stays in defined.items() if stays),
         tuple(name for name, stays in defined.items() if not stays),
         cleaner.removed,
     )
+
+
+def _whole(source: str, root: str, module: str) -> str:
+    """What a class of another file of Transformers reaches there."""
+    return extract(source, root, f"{module.replace('.', '/')}.py", InTransformers(module)).code
 
 
 class _Cleaner(cst.CSTTransformer):

@@ -49,6 +49,7 @@ def test_embeddings_for_each_layer_are_made_small_too(tmp_path: Path) -> None:
         ("ZayaForCausalLM", "zaya"),  # two experts per token are refused
         ("LongcatFlashForCausalLM", "longcat_flash"),
         ("CohereCompassForCausalLM", "cohere_compass_text"),  # rope_parameters by type of layer
+        ("Gemma3nForCausalLM", "gemma3n_text"),  # layers that share keys and values of earlier ones
     ],
 )
 def test_unusual_configs_are_made_small(architecture: str, model_type: str, tmp_path: Path) -> None:

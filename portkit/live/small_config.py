@@ -43,6 +43,28 @@ def inner_sizes(default: Any, sizes: dict[str, int], chosen: dict[str, Any]) -> 
     return found
 
 
+def shared_layers(default: Any, sizes: dict[str, int]) -> dict[str, Any]:
+    """Layers that share the keys and values of earlier ones: each kind once without, once with.
+
+    Lists with a number for each layer come along, the first layer's other than the rest's.
+    """
+    kinds = list(dict.fromkeys(getattr(default, "layer_types", None) or ()))
+    if not kinds or not getattr(default, "num_kv_shared_layers", 0):
+        return {}
+    count = 2 * len(kinds)
+    found = {
+        "num_hidden_layers": count,
+        "num_kv_shared_layers": len(kinds),
+        "layer_types": kinds * 2,
+    }
+    for name, value in default.to_dict().items():
+        each = isinstance(value, list) and len(value) == default.num_hidden_layers
+        if each and all(isinstance(v, (int, float)) for v in value):
+            first, last = (sizes.get(name, v) for v in (value[0], value[-1]))
+            found[name] = [first, *[last] * (count - 1)]
+    return found
+
+
 def refused_by_name(error: Exception, sizes: dict[str, Any]) -> set[str]:
     """Names of sizes in the message of a config that refuses a value."""
     return {name for name in sizes if re.search(rf"\b{name}\b", str(error))}

@@ -24,7 +24,7 @@ from portkit.analysis.conversion import Merge, conversions_of
 from portkit.errors import PortkitError
 from portkit.live.hardening import ACTIVATIONS, SEED, harden
 from portkit.live.job import JobRequest
-from portkit.live.small_config import build, inner_sizes, refused_by_name, sizes_of
+from portkit.live.small_config import build, inner_sizes, refused_by_name, shared_layers, sizes_of
 
 MAX_PARAMETERS = 20_000_000
 
@@ -230,6 +230,7 @@ def _smallest_that_works(
         values = {
             **values,
             **_lists(default, {**fields, **hard}, sizes.get("num_hidden_layers", 3)),
+            **shared_layers(default, SIZES),
             **inner_sizes(default, SIZES, values),
             **own,
         }

@@ -110,3 +110,32 @@ def test_another_gate_is_not_taken_for_swigluoai(seed: tuple[str, str]) -> None:
 
     assert read(text).clamp == ("config.swiglu_alpha", "config.swiglu_limit")
     assert "a gate that vLLM has not" in read(text.replace(*seed)).why
+
+
+def test_experts_in_parts_and_a_config_inside_the_config() -> None:
+    """DBRX: rows of all experts under each other, a router of two classes, two residual streams."""
+    sources = drafted("dbrx")
+    assert "resid_states, hidden_states = self.norm_attn_norm(" in sources["forward"]
+    source = sources["weights"]
+    for word in (
+        "num_experts=config.ffn_config.moe_num_experts",
+        'activation=config.ffn_config.ffn_act_fn.get("name", "silu")',
+        "custom_routing_function=self.router.route",
+        '"v1": ("w13_weight", "w3")',
+        '".experts.mlp.": ".experts."',
+        "return residual_states, hidden_states",
+    ):
+        assert word in source
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [
+        ("up_proj = x.matmul(expert_v1.T)", "up_proj = x.matmul(expert_v1)"),
+        ("intermediate_states = gate_proj * up_proj", "intermediate_states = gate_proj + up_proj"),
+        ("(-1, self.ffn_hidden_size, self.hidden_size)", "(-1, self.hidden_size, 7)"),
+    ],
+)
+def test_other_experts_in_parts_are_refused(seed: tuple[str, str]) -> None:
+    with pytest.raises(AssertionError, match=r"DbrxExperts: (its experts are|cannot follow)"):
+        drafted("dbrx", seed)

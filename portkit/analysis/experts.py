@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from portkit.analysis.classes import ClassView, argument, call_name, text
+from portkit.analysis.classes import ClassView, call_name, text
 from portkit.analysis.expert_gates import clamped_gate
+from portkit.analysis.expert_terms import Expert, stacked_parameters
 from portkit.analysis.moe_facts import ExpertsFacts
-from portkit.analysis.symbolic import CannotTell, Interpreter
-
-_CASTS = ("to", "type", "type_as", "float")
+from portkit.analysis.symbolic import CannotTell
 
 
 def is_experts(view: ClassView) -> bool:
@@ -20,128 +20,8 @@ def is_experts(view: ClassView) -> bool:
         return False
     if "one_hot(" not in text(view.forward):
         return False
-    return len(stacked_parameters(view)) >= 2
-
-
-def stacked_parameters(view: ClassView, dimensions: int = 3) -> dict[str, tuple[ast.expr, ...]]:
-    """Attribute → sizes of each parameter with so many dimensions: three for experts' weights."""
-    found = {}
-    for item in view.assigned:
-        if not call_name(item.value).endswith("Parameter") or not item.value.args:
-            continue
-        inner = item.value.args[0]
-        if isinstance(inner, ast.Call) and call_name(inner).startswith("torch."):
-            sizes = inner.args
-            if len(sizes) == 1 and isinstance(sizes[0], ast.Tuple):
-                sizes = sizes[0].elts
-            if len(sizes) == dimensions:
-                found[item.attr] = tuple(sizes)
-    return found
-
-
-class _Expert(Interpreter):
-    """One expert on its tokens.
-
-    Values are terms: ("x",), ("weight",), ("stack", attr), ("expert", attr), ("linear", attr, x,
-    transposed), ("biased", linear, attr), ("act", name, x), ("part", x, i), ("every", x, i) for
-    x[..., i::2], ("mul", x, y), ("add", x, number), ("neg", x), ("clamp", x, low, high),
-    ("sigmoid", x), ("own", source) for a number that the class keeps.
-    """
-
-    def __init__(self, view: ClassView, stacked: set[str], biases: set[str]) -> None:
-        self.view, self.stacked, self.biases = view, stacked | biases, biases
-
-    def follow(self, body: list[ast.stmt], values: dict[str, Any]) -> Any:
-        """Value that the loop adds to the result."""
-        for node in body:
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-                if call_name(node.value).endswith(".index_add_"):
-                    return self.value(node.value.args[2], values)
-                continue
-            if isinstance(node, ast.Assign | ast.AnnAssign):
-                self._block([node], values)
-        raise CannotTell(f"{self.view.name} adds nothing by index_add_", self.view.node)
-
-    def attribute(self, node: ast.Attribute, values: dict[str, Any]) -> Any:
-        if text(node.value) == "self" and node.attr in self.stacked:
-            return ("stack", node.attr)
-        if text(node.value) == "self" and self.view.get(node.attr) is not None:
-            return ("own", text(self.view.resolve(node)).replace("self.config.", "config."))
-        return super().attribute(node, values)
-
-    def subscript(self, node: ast.Subscript, values: dict[str, Any]) -> Any:
-        inner = self.value(node.value, values)
-        if inner[0] == "stack":
-            return ("expert", inner[1])
-        if inner in (("x",), ("weight",)):
-            return inner
-        written = {"..., ::2": 0, "..., 0::2": 0, "..., 1::2": 1}.get(text(node.slice).strip("()"))
-        if written is not None:
-            return ("every", inner, written)
-        return super().subscript(node, values)
-
-    def binary(self, node: ast.BinOp, left: Any, right: Any) -> Any:
-        if isinstance(node.op, ast.Mult):
-            return ("mul", left, right)
-        if isinstance(node.op, ast.MatMult) and right[0] == "expert":
-            return ("linear", right[1], left, True)
-        if isinstance(node.op, ast.Add):
-            for x, y in ((left, right), (right, left)):
-                if isinstance(y, int | float):
-                    return ("add", x, y)
-                if self._is_bias(y) and x[0] == "linear":
-                    return ("biased", x, y[1])
-        return super().binary(node, left, right)
-
-    def unary(self, node: ast.UnaryOp, operand: Any) -> Any:
-        return ("neg", operand) if isinstance(node.op, ast.USub) else super().unary(node, operand)
-
-    def _is_bias(self, term: Any) -> bool:
-        return isinstance(term, tuple) and term[0] == "expert" and term[1] in self.biases
-
-    def _method(self, function: ast.FunctionDef, given: list[Any], node: ast.Call) -> Any:
-        """What a method of the class's own makes of these values."""
-        names = [a.arg for a in function.args.args[1:]]
-        if len(names) != len(given) or node.keywords:
-            raise CannotTell(f"cannot follow `{text(node)}`", node)
-        return self.run(function, dict(zip(names, given, strict=True)))
-
-    def call(self, node: ast.Call, values: dict[str, Any]) -> Any:
-        name = call_name(node)
-        short = name.rsplit(".", 1)[-1]
-        if short == "linear" and len(node.args) == 2 and not node.keywords:
-            x, weight = (self.value(a, values) for a in node.args)
-            if weight[0] == "expert":
-                return ("linear", weight[1], x, False)
-        if short == "linear" and len(node.args) == 3 and not node.keywords:
-            x, weight, bias = (self.value(a, values) for a in node.args)
-            if weight[0] == "expert" and self._is_bias(bias):
-                return ("biased", ("linear", weight[1], x, False), bias[1])
-        attr = name.removeprefix("self.")
-        if name.startswith("self.") and attr in self.view.methods:
-            given = [self.value(a, values) for a in node.args]
-            return self._method(self.view.methods[attr], given, node)
-        if short == "sigmoid":
-            return ("sigmoid", self.value(node.args[0] if node.args else node.func.value, values))
-        if name.startswith("self.") and len(node.args) == 1:
-            made = self.view.get(attr)
-            if made is not None:
-                return ("act", text(made.value), self.value(node.args[0], values))
-        if isinstance(node.func, ast.Attribute):
-            if short == "chunk" and (
-                text(argument(node, 0, "chunks")),
-                text(argument(node, 1, "dim")),
-            ) == ("2", "-1"):
-                inner = self.value(node.func.value, values)
-                return (("part", inner, 0), ("part", inner, 1))
-            if short in _CASTS:
-                return self.value(node.func.value, values)
-            if short in ("clamp", "clip"):
-                inner = self.value(node.func.value, values)
-                low, high = (argument(node, i, n) for i, n in ((0, "min"), (1, "max")))
-                ends = [self.value(e, values) if e is not None else None for e in (low, high)]
-                return ("clamp", inner, *ends)
-        return super().call(node, values)
+    flat = stacked_parameters(view, 2) if ".view(" in text(view.forward) else {}
+    return len(stacked_parameters(view)) >= 2 or len(flat) == 3
 
 
 def read_experts(view: ClassView) -> ExpertsFacts:
@@ -151,7 +31,7 @@ def read_experts(view: ClassView) -> ExpertsFacts:
     index, weights = _index_and_weights(view.forward, parameters)
     biases = stacked_parameters(view, 2)
     gated = Gated("", "", "", False)
-    why = ""
+    why, sizes = "", ("", "", "")
     try:
         loop = next(
             (
@@ -163,12 +43,15 @@ def read_experts(view: ClassView) -> ExpertsFacts:
         )
         if loop is None:
             raise CannotTell(f"{view.name} has no loop over its experts", view.forward)
-        expert = _Expert(view, set(stacked), set(biases))
+        expert = Expert(view, set(stacked), set(biases))
         term = expert.follow(loop.body, {parameters[0]: ("x",), weights: ("weight",)})
         gated = _gated(view, term)
+        sizes = _sizes(view, stacked.get(gated.down), gated.transposed)
+        if gated.parts:
+            rows, columns = expert.viewed.get(gated.down, ("", ""))
+            sizes = (_count(view, biases.get(gated.down, ()), expert.viewed), columns, rows)
     except CannotTell as unknown:
         why = unknown.what
-    sizes = _sizes(view, stacked.get(gated.down), gated.transposed)
     return ExpertsFacts(
         view.name,
         view.line,
@@ -184,6 +67,7 @@ def read_experts(view: ClassView) -> ExpertsFacts:
         gated.biases,
         gated.clamp,
         has_gate=gated.has_gate,
+        parts=gated.parts,
     )
 
 
@@ -200,6 +84,8 @@ class Gated:
     clamp: tuple[str, str] = ("", "")
     """alpha and limit of a swigluoai."""
     has_gate: bool = True
+    parts: tuple[str, ...] = ()
+    """gate, down and up, where each is a parameter."""
 
 
 def _gated(view: ClassView, term: Any) -> Gated:
@@ -226,6 +112,14 @@ def _gated(view: ClassView, term: Any) -> Gated:
         case (
             "linear",
             down,
+            ("mul", ("act", act, ("linear", gate, ("x",), False)), ("linear", up, ("x",), False)),
+            True,
+        ):
+            parts = (gate, down, up)
+            return Gated("", down, _activation(view, act), True, parts=parts)
+        case (
+            "linear",
+            down,
             ("mul", ("act", act, ("part", first, 0)), ("part", second, 1)),
             turned,
         ) | (
@@ -248,11 +142,24 @@ def _without_bias(term: Any) -> tuple[Any, ...]:
 def _activation(view: ClassView, made: str) -> str:
     """The activation's name, from ACT2FN[name] or a function of torch."""
     if made.startswith("ACT2FN[") and made.endswith("]"):
-        return made.removeprefix("ACT2FN[").removesuffix("]").replace("self.config.", "config.")
+        name = ast.parse(made.removeprefix("ACT2FN[").removesuffix("]"), mode="eval").body
+        return text(view.resolve(name)).replace("self.config.", "config.")
     short = made.removesuffix("()").rsplit(".", 1)[-1].lower()
     if short in ("silu", "gelu"):
         return f'"{short}"'
     raise CannotTell(f"{view.name}: {made} is no activation that vLLM's experts have", view.node)
+
+
+def _count(view: ClassView, sizes: tuple[ast.expr, ...], viewed: dict[str, tuple[str, str]]) -> str:
+    """The number of experts: what a parameter of two dimensions has beside one expert's rows."""
+    if len(set(viewed.values())) != 1 or len(viewed) != 3:
+        raise CannotTell("its experts' parameters are viewed in ways that differ", view.node)
+    rows, columns = next(iter(viewed.values()))
+    shown = [text(view.resolve(s)).replace("self.config.", "config.") for s in sizes]
+    count = re.sub(rf"^{re.escape(rows)} \* | \* {re.escape(rows)}$", "", shown[0])
+    if shown[1] != columns or count == shown[0]:
+        raise CannotTell("its experts are viewed by other sizes than they have", view.node)
+    return count
 
 
 def _sizes(

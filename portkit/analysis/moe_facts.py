@@ -74,6 +74,8 @@ class ExpertsFacts:
     """Of a swigluoai, whose gate and up alternate in gate_up: alpha and limit, as source."""
     has_gate: bool = True
     """False: down(act(up)), and gate_up is the parameter of up."""
+    parts: tuple[str, ...] = ()
+    """gate, down and up where each is a parameter [experts * intermediate, hidden]; else ()."""
 
 
 @dataclass(frozen=True)

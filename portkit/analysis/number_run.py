@@ -6,6 +6,7 @@ The base of fused_cut.py. Sizes are chosen so that each tells what it is.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -246,10 +247,11 @@ class NumberRun(Interpreter):
 
     def attribute(self, node: ast.Attribute, values: dict[str, Any]) -> Any:
         owner = text(node.value)
-        if owner in ("config", "self.config"):
+        holder = text(self.view.resolve(node.value)).removeprefix("self.")
+        if holder == "config" or re.fullmatch(r"config\.\w+", holder):  # or a config inside it
             size = self.sizes.of(node.attr)
             if size is not None:
-                self.config[node.attr] = size
+                self.config[f"{holder}.{node.attr}".removeprefix("config.")] = size
                 return size
             return self.flags.get(node.attr, UNKNOWN)
         if owner == "self":

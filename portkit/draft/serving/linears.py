@@ -92,24 +92,26 @@ def _wrapped(cls: cst.ClassDef) -> tuple[str, list[str], cst.Call] | None:
 
 
 def declare_renamed(work: Work, renamed: tuple[tuple[str, str], ...]) -> None:
-    """Give the ForCausalLM class a mapper for the weights of unwrapped linears."""
+    """Give the ForCausalLM class a mapper for the weights of unwrapped linears and experts."""
     code = work.module.code
-    renamed = tuple(r for r in renamed if f"self{r[1].rstrip('.')} = nn.Linear(" in code)
+    renamed = tuple(r for r in renamed if f"self{r[1].rstrip('.')} = " in code)
     if not renamed:
         return
     cls = work.cls(work.facts.causal_lm)
     lines = "".join(f'        "{old}": "{new}",\n' for old, new in renamed)
+    linear = all(f"self{r[1].rstrip('.')} = nn.Linear(" in code for r in renamed)
+    kind = "Linears" if linear else "Weights"
     made = edit.comment_before(
         edit.statement(
             "hf_to_vllm_mapper = WeightsMapper(\n    orig_to_new_substr={\n" + lines + "    }\n)"
         ),
-        "Linears that the original wraps in a module of their own.",
+        f"{kind} that the original wraps in a module of their own.",
     )
     members = edit.members(cls)
     at = 1 if members and edit.is_docstring(members[0]) else 0
     members[at] = edit.blank_before(members[at])
     work.put(set_members(cls, [*members[:at], made, *members[at:]]))
-    work.did.append(f"{work.facts.causal_lm}: names of wrapped linears are mapped.")
+    work.did.append(f"{work.facts.causal_lm}: names of wrapped {kind.lower()} are mapped.")
 
 
 def declare_transposed(work: Work, attrs: tuple[str, ...]) -> None:

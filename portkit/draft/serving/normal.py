@@ -24,6 +24,7 @@ from portkit.draft.serving.constructors import (
     rename_shadows,
     resolve_tables,
 )
+from portkit.draft.serving.expert_modules import merge_expert_modules
 from portkit.draft.serving.linears import plain_linears, unwrap_linears
 from portkit.draft.serving.parameters import drop_unread_parameters, read_config_instead
 from portkit.draft.serving.residuals import call_autograd_functions, hoist_residuals
@@ -61,6 +62,7 @@ def normal_form(module: cst.Module, architecture: str) -> NormalForm:
     module = read_layer_index(name_layer_index(module))
     if "autograd.Function" in source:
         module = call_autograd_functions(module)
+    module, moved = merge_expert_modules(module)
     module = split_layers(router_classes(module))
     if "nn.Sequential(" in source:
         module = _with_sequences(module)
@@ -111,7 +113,9 @@ def normal_form(module: cst.Module, architecture: str) -> NormalForm:
     if alibi:
         module, told = with_slopes(module)
         notes += told
-    return NormalForm(module, transposed, renamed, tuple(notes), _placed(lost, module.code))
+    return NormalForm(
+        module, transposed, (*renamed, *moved), tuple(notes), _placed(lost, module.code)
+    )
 
 
 def _placed(lost: list[tuple[str, Blocker]], source: str) -> tuple[tuple[str, Blocker], ...]:

@@ -1,7 +1,8 @@
 """Step parallel: how the checkpoint keeps the experts, where it is not vLLM's default.
 
 vLLM's own loader has experts one by one or stacked, gate before up. Where gate and up alternate
-(for `swigluoai`, whose kernels want them so) a class of the port's takes this rank's part.
+(for `swigluoai`, whose kernels want them so), and where the experts stand one under the other, a
+class of the port's takes what is this rank's.
 """
 
 from __future__ import annotations
@@ -50,6 +51,26 @@ _BIASES = """\
                 weight = weight if rank == 0 else torch.zeros_like(weight)
 """
 
+_UNDER_EACH_OTHER = '''
+class {name}(RoutedExperts):
+    """Experts whose projections are stored one under the other, gate and up in two tensors."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
+        places = {{
+            "{gate}": ("w13_weight", "w1"),
+            "{up}": ("w13_weight", "w3"),
+            "{down}": ("w2_weight", "w2"),
+        }}
+        for name, weight in weights:
+            param, shard_id = places[name]
+            experts = weight.unflatten(0, (self.global_num_experts, -1))
+            if shard_id == "w2":  # stored as [in, out]
+                experts = experts.transpose(1, 2)
+            for expert_id, loaded in enumerate(experts):
+                self.weight_loader(getattr(self, param), loaded, param, shard_id, expert_id)
+            yield param
+'''
+
 
 def checkpoint_layout(work: Work, experts: ExpertsFacts, facts: MoeFacts) -> list[str]:
     """Arguments of FusedMoEFactory that say it."""
@@ -58,6 +79,11 @@ def checkpoint_layout(work: Work, experts: ExpertsFacts, facts: MoeFacts) -> lis
         for c in conversions_of(work.facts.architecture)
         if isinstance(c, Merge) and f"{facts.experts_attr}." in c.target
     }
+    if experts.parts and not merges:
+        gate, down, up = experts.parts
+        text = _UNDER_EACH_OTHER.format(name=experts.cls, gate=gate, down=down, up=up)
+        _put_loader(work, experts, text)
+        return [f"routed_experts_cls={experts.cls}"]
     if experts.clamp[0]:
         if merges or not experts.transposed:
             raise Blocker(
@@ -105,17 +131,22 @@ def _without_gate(experts: ExpertsFacts, merges: dict[str, Merge]) -> list[str]:
 
 
 def _alternating(work: Work, experts: ExpertsFacts) -> list[str]:
-    """Put a loader in the place of the author's experts."""
+    """Experts that load what alternates, and their biases."""
     biases = ""
     if experts.biases:
         biases = _BIASES.format(gate_up=experts.biases[0], down=experts.biases[1])
     text = _ALTERNATING.format(
         name=experts.cls, gate_up=experts.gate_up, down=experts.down, biases=biases
     )
-    made = edit.statement(text)
-    work.put(made.with_changes(leading_lines=work.cls(experts.cls).leading_lines))
+    _put_loader(work, experts, text)
     bias = ["has_bias=True"] if experts.biases else []
     return [*bias, f"routed_experts_cls={experts.cls}"]
+
+
+def _put_loader(work: Work, experts: ExpertsFacts, text: str) -> None:
+    """The port's class in the place of the author's experts."""
+    made = edit.statement(text)
+    work.put(made.with_changes(leading_lines=work.cls(experts.cls).leading_lines))
 
 
 def constants_guard(experts: ExpertsFacts) -> list[edit.Statement]:

@@ -20,18 +20,45 @@ from portkit.draft.work import Work, plain_module, rewrite_init, set_method
 def port_layer(work: Work) -> None:
     """Rewrite each class of decoder layer: the author's residual statements stay as they are."""
     wrapper = work.facts.attention_wrapper
+    both = wrapper is not None and _hands_on_both(work, wrapper)
     if wrapper is not None:
-        _port_layer(work, wrapper, work.facts.attention)
+        _port_layer(work, wrapper, work.facts.attention, returns_both=both)
     for facts in work.facts.layers:
         inner = (wrapper or work.facts.attention) if facts.attention_attr else None
-        _port_layer(work, facts, inner)
+        _port_layer(work, facts, inner, takes_both=both)
     recurrent.drop_mixer_classes(work)
 
 
+def _hands_on_both(work: Work, wrapper: LayerFacts) -> bool:
+    """Does the module around the attention return two tensors of its own (residual and normed)?"""
+    forward = edit.method(work.cls(wrapper.cls), "forward")
+    returned = edit.single(edit.body_of(forward)[-1])
+    if not isinstance(returned, cst.Return) or not isinstance(returned.value, cst.Tuple):
+        return False
+    names = [edit.code(e.value) for e in returned.value.elements]
+    of_attention = {
+        edit.code(e.value)
+        for node in edit.body_of(forward)
+        if (p := edit.assigned(node))
+        and isinstance(p[0], cst.Tuple)
+        and edit.is_call(p[1], f"self.{wrapper.attention_attr}")
+        for e in p[0].elements[1:]
+    }
+    return len(names) == 2 and all(n.isidentifier() for n in names) and names[1] not in of_attention
+
+
 def _port_layer(
-    work: Work, facts: LayerFacts, attention: AttentionFacts | LayerFacts | None
+    work: Work,
+    facts: LayerFacts,
+    attention: AttentionFacts | LayerFacts | None,
+    *,
+    returns_both: bool = False,
+    takes_both: bool = False,
 ) -> None:
-    """`attention`: what the class calls for it, which may be a module around the attention."""
+    """`attention`: what the class calls for it, which may be a module around the attention.
+
+    That module may return two tensors, which the layer takes apart.
+    """
     mixers = recurrent.mixers_of(work, facts)
     cls = work.cls(facts.cls)
     forward, init = edit.method(cls, "forward"), edit.method(cls, "__init__")
@@ -47,16 +74,18 @@ def _port_layer(
         prune.drop_dropout_calls(prune.inference_only(forward), prune.dropout_attributes(cls))
     )
     body = [
-        _one_tensor(_call_attention(node, facts.attention_attr, inside, work), hidden)
+        _call_attention(node, facts.attention_attr, inside, work, unpack=takes_both)
         for node in body
     ]
+    if not returns_both:
+        body = [_one_tensor(node, hidden) for node in body]
     body = _outputs_as_tensor(body, facts.attention_attr)
     body = prune.live_body(
         recurrent.nested(body, lambda n: recurrent.call(n, mixers, work, facts.cls))
     )
     signature = edit.function(
         f"def forward(self, positions: torch.Tensor, {hidden}: torch.Tensor)"
-        " -> torch.Tensor:\n    pass"
+        f" -> {'tuple[torch.Tensor, torch.Tensor]' if returns_both else 'torch.Tensor'}:\n    pass"
     )
     new = edit.with_body(signature, body)
     check_no_leftovers(new, forward, facts.cls, work)
@@ -117,7 +146,9 @@ def _assigns_itself(node: edit.Statement) -> bool:
     return pair is not None and edit.code(pair[0]) == edit.code(pair[1])
 
 
-def _call_attention(node: edit.Statement, attr: str, inside: str, work: Work) -> edit.Statement:
+def _call_attention(
+    node: edit.Statement, attr: str, inside: str, work: Work, *, unpack: bool
+) -> edit.Statement:
     """self.self_attn(x, attention_mask=..., ...) -> self.self_attn(positions=positions, ...)."""
 
     def change(here: cst.CSTNode) -> cst.CSTNode | None:
@@ -144,7 +175,8 @@ def _call_attention(node: edit.Statement, attr: str, inside: str, work: Work) ->
             return here.value
         return None
 
-    return edit.replace(edit.replace(node, change), first_target)
+    called = edit.replace(node, change)
+    return called if unpack else edit.replace(called, first_target)
 
 
 def _outputs_as_tensor(body: list[edit.Statement], attr: str) -> list[edit.Statement]:

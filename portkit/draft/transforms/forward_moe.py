@@ -24,7 +24,7 @@ def port_moe(work: Work, facts: MoeFacts) -> None:
         return
     drop_unread_results(work, facts.cls)
     cls = work.cls(facts.cls)
-    work.put(_bare(work.cls(facts.experts.cls)))
+    work.put(_rows_stay(_bare(work.cls(facts.experts.cls))))
     router = work.cls(facts.router.cls)
     work.put(_bare(_flat(work, router, facts.router.cls, facts.router.line)))
     cls = _flat(work, cls, facts.cls, facts.line)
@@ -42,6 +42,32 @@ def _flat(work: Work, cls: cst.ClassDef, name: str, line: int) -> cst.ClassDef:
     clean = prune.drop_dropout_calls(prune.inference_only(forward), prune.dropout_attributes(cls))
     clean = edit.with_body(clean, without_training(edit.body_of(clean)))
     return set_method(cls, flatten(clean, name, line))
+
+
+def _rows_stay(cls: cst.ClassDef) -> cst.ClassDef:
+    """Experts without a view back to a batch: n = x.shape[0]; return y.view(n, -1, size)."""
+    forward = edit.method(cls, "forward")
+    firsts = {f"{p}.shape[0]" for p in edit.parameters(forward)}
+    pairs = [(n, p) for n in edit.body_of(forward) if (p := edit.assigned(n))]
+    counts = {edit.code(p[0]): n for n, p in pairs if edit.code(p[1]) in firsts}
+
+    def change(here: cst.CSTNode) -> cst.CSTNode | None:
+        method = here.func if isinstance(here, cst.Call) else None
+        if not isinstance(method, cst.Attribute) or method.attr.value not in ("view", "reshape"):
+            return None
+        given = [edit.code(a.value) for a in here.args]
+        back = len(given) == 3 and given[0] in counts and given[1] == "-1"
+        return method.value if back else None
+
+    if not counts:
+        return cls
+    old = edit.body_of(forward)
+    body = [edit.replace(n, change) for n in old]
+    read = set().union(*(edit.names_read(n) for n in body))
+    gone = {id(n) for name, n in counts.items() if name not in read}
+    kept = [new for new, before in zip(body, old, strict=True) if id(before) not in gone]
+    kept = [n for n in kept if not ((p := edit.assigned(n)) and edit.code(p[0]) == edit.code(p[1]))]
+    return set_method(cls, edit.with_body(forward, kept))
 
 
 def _bare(cls: cst.ClassDef) -> cst.ClassDef:

@@ -53,3 +53,17 @@ def test_a_branch_that_decides_whether_to_rotate_is_not_dropped() -> None:
     outcome = drafted(seeded, architecture, "forward")
     assert outcome.status == "failed"
     assert "rotates only `if position_embeddings is not None`" in outcome.reason
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        ("zaya", "(ZayaCCAProjection), which is no linear"),
+        ("jetmoe", "`self.experts.map(hidden_states)` (JetMoeMoA), which is no linear"),
+    ],
+)
+def test_queries_from_elsewhere_are_refused_with_their_source(model: str, what: str) -> None:
+    architecture, source = copied(model)
+    outcome = drafted(source, architecture, "forward")
+    assert outcome.status == "failed"
+    assert what in outcome.reason

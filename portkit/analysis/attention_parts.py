@@ -49,6 +49,27 @@ def output_path(
     return OutputPath(tuple(a for a in kept if a in linears), tuple(a for a in kept if a in norms))
 
 
+def origin(view: ClassView, tensor: ast.expr) -> ast.Assign | None:
+    """The statement of forward that makes, of forward's arguments, what `tensor` became."""
+    made = [n for n in ast.walk(view.forward) if isinstance(n, ast.Assign)] if view.forward else []
+    name, found = _subject(tensor), None
+    for node in sorted(made, key=lambda n: n.lineno, reverse=True):
+        if name and any(name == n.id for t in node.targets for n in _names(t)):
+            name, found = _subject(node.value), node
+    return found
+
+
+def _subject(value: ast.expr) -> str:
+    """The first name in source order that is no function: x of f(x, y) and of x.view(n)."""
+    functions = {id(n.func) for n in ast.walk(value) if isinstance(n, ast.Call)}
+    named = [n for n in _names(value) if id(n) not in functions and n.id not in ("self", "torch")]
+    return min(named, key=lambda n: (n.lineno, n.col_offset)).id if named else ""
+
+
+def _names(node: ast.AST) -> list[ast.Name]:
+    return [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+
+
 def norms_of_each_head(source: str, facts: AttentionFacts) -> dict[str, str]:
     """Attribute -> class of submodules of the attention that are a list of norms, one per head."""
     classes = view_module(source).classes

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+
 import libcst as cst
 
-from portkit.analysis.attention_parts import norms_of_each_head
-from portkit.analysis.classes import ClassView, text, view_module
-from portkit.analysis.read_blocks import linears_of
+from portkit.analysis.attention_parts import norms_of_each_head, origin
+from portkit.analysis.classes import ClassView, call_name, text, view_module
+from portkit.analysis.read_blocks import attention_call, linears_of
 from portkit.draft import edit, prune
 from portkit.draft.blocker import Blocker
 from portkit.draft.transforms.alibi_slopes import BIAS, SLOPES_ARGUMENT, slopes_statements
@@ -59,9 +61,7 @@ def port_attention(work: Work) -> None:
         ("head dimension", facts.head_dim),
     ):
         if not value:
-            raise Blocker(
-                f"{facts.cls}: cannot tell the {name} from the projections' sizes.", facts.line
-            )
+            raise _unknown_size(work, name)
     if facts.latent is not None:
         from portkit.draft.transforms.forward_latent import port_latent_attention
 
@@ -126,6 +126,28 @@ def port_attention(work: Work) -> None:
     if flow.rotary_used and plan.did:
         work.did.append(plan.did)
         work.warnings += [plan.warning] if plan.warning else []
+
+
+def _unknown_size(work: Work, name: str) -> Blocker:
+    """Why the number of heads, or their size, is not known: what makes the queries is no linear."""
+    facts = work.facts.attention
+    view = view_module(work.module.code).classes[facts.cls]
+    call = attention_call(view)
+    made = origin(view, call.args[1]) if call is not None and len(call.args) > 1 else None
+    linears = tuple(f"self.{attr}(" for attr in linears_of(view))
+    if made is None or any(linear in text(made.value) for linear in linears):
+        return Blocker(
+            f"{facts.cls}: cannot tell the {name} from the projections' sizes.", facts.line
+        )
+    calls = [n for n in ast.walk(made.value) if isinstance(n, ast.Call)]
+    attrs = [i for i in view.assigned for c in calls if call_name(c).startswith(f"self.{i.attr}")]
+    cls = f" ({call_name(attrs[0].value)})" if attrs else ""
+    return Blocker(
+        f"{facts.cls}: its queries come from `{text(made.value)}`{cls}, which is no linear of its "
+        "own: no draft for that yet.",
+        made.lineno,
+        "A person would write that module with vLLM's parallel layers first.",
+    )
 
 
 def _known_norms(work: Work) -> set[str]:

@@ -42,3 +42,9 @@ def test_drafts_satisfy_the_rules_and_are_done(model: str) -> None:
 @pytest.mark.parametrize(("model", "step", "text"), WRITTEN)
 def test_what_differs_is_kept(model: str, step: str, text: str) -> None:
     assert text in states(model)[step]
+
+
+def test_experts_that_a_cpu_cannot_check_are_named() -> None:
+    architecture, _ = copied("nemotron_h")
+    outcome = drafted(states("nemotron_h")["forward"], architecture, "parallel")
+    assert [w for w in outcome.warnings if "NemotronHExperts: experts without a gate" in w]

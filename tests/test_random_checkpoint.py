@@ -1,11 +1,13 @@
 """Random checkpoints: weights that make mistakes show, and no more than float32 can carry."""
 
+import json
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
 
 from portkit.live.client import live_for
+from portkit.live.device import find_device
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,20 @@ def test_embeddings_for_each_layer_are_made_small_too(tmp_path: Path) -> None:
     )
     assert done.ok, done.what
     assert done.value["parameters"] < 2_000_000
+
+
+def test_experts_that_vllm_has_no_kernel_for_are_left_out_on_a_cpu(tmp_path: Path) -> None:
+    done = live_for(None).run(
+        "random_checkpoint",
+        architecture="NemotronHForCausalLM",
+        model_type="nemotron_h",
+        out=str(tmp_path),
+    )
+    assert done.ok, done.what
+    config = json.loads((tmp_path / "config.json").read_text())
+    on_cpu = find_device()[0] == "cpu"
+    assert ("moe" in config["layers_block_type"]) != on_cpu
+    assert {"linear_attention", "full_attention", "mlp"} <= set(config["layers_block_type"])
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,24 @@ def build(cls: type, config_class: type, values: dict[str, Any]) -> torch.nn.Mod
     return model
 
 
+def without_ungated_experts(model: torch.nn.Module, values: dict[str, Any]) -> dict[str, Any]:
+    """The lists of kinds of layers without those whose experts have no gate, {} if none have."""
+    found = {
+        int(match[1])
+        for name, module in model.named_modules()
+        if getattr(module, "has_gate", True) is False
+        and (match := re.search(r"\blayers\.(\d+)\.", name))
+    }
+    fewer: dict[str, Any] = {}
+    for name, value in values.items():
+        if found and isinstance(value, list) and len(value) > max(found):
+            gone = {value[i] for i in found}
+            kept = [kind for kind in value if kind not in gone]
+            if kept and all(isinstance(kind, str) for kind in value):
+                fewer |= {name: kept, "num_hidden_layers": len(kept)}
+    return fewer
+
+
 def _rope_by_layer_type(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
     """Give sliding layers a rotation and full ones none, where the config has none by default.
 

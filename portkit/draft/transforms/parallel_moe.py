@@ -210,6 +210,10 @@ def _experts(work: Work, facts: MoeFacts, arguments: list[str]) -> edit.Statemen
     ]
     if not experts.has_gate:
         written.append(f"activation=activation_without_mul({experts.activation})")
+        work.warnings.append(
+            f"{experts.cls}: experts without a gate. vLLM runs them on GPUs only: what was checked "
+            "on a CPU, was checked without layers of them."
+        )
     elif experts.activation.strip("'\"") != "silu":
         written.append(f"activation={experts.activation}")
     written += checkpoint_layout(work, experts, facts)

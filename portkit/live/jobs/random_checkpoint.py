@@ -22,9 +22,17 @@ from transformers import AutoConfig
 
 from portkit.analysis.conversion import Merge, conversions_of
 from portkit.errors import PortkitError
+from portkit.live.device import find_device
 from portkit.live.hardening import ACTIVATIONS, SEED, harden
 from portkit.live.job import JobRequest
-from portkit.live.small_config import build, inner_sizes, refused_by_name, shared_layers, sizes_of
+from portkit.live.small_config import (
+    build,
+    inner_sizes,
+    refused_by_name,
+    shared_layers,
+    sizes_of,
+    without_ungated_experts,
+)
 
 MAX_PARAMETERS = 20_000_000
 
@@ -240,7 +248,13 @@ def _smallest_that_works(
         if not kept:  # the config's own values where it says that it refuses ours
             values = {k: v for k, v in values.items() if k in own or k not in refused}
         try:
-            return build(cls, config_class, values), sorted(values)
+            model = build(cls, config_class, values)
+            fewer = without_ungated_experts(model, values)
+            if fewer and find_device()[0] == "cpu":
+                say("Leaving out layers of experts without a gate: vLLM runs none on a CPU.")
+                values |= fewer
+                model = build(cls, config_class, values)
+            return model, sorted(values)
         except Exception as error:
             problem = error
             refused |= refused_by_name(error, sizes)

@@ -152,6 +152,7 @@ ROW = {
     "again": 0.0,
     "again_equal": True,
     "floor_mean": 0.0,
+    "asked": 24,
 }
 RUN = {
     "dtype": "float32",
@@ -170,6 +171,12 @@ def value(row: dict | None = None, **changes) -> dict:
 
 def test_a_right_run_has_no_problem():
     assert judge(RUN).problem == ""
+
+
+def test_where_transformers_itself_breaks_the_rule_is_told():
+    found = judge(value({"asked": 14}, dtype="bfloat16"))
+    assert "Transformers itself breaks vLLM's rule at token 14" in found.table.note
+    assert "itself breaks" not in judge(RUN).table.note
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ DEFAULTS = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     # vLLM's info lines are of use in the log (the job's own progress is what a reader sees).
     "VLLM_LOGGING_LEVEL": "INFO",
+    # Triton's kernels (experts, linear attention) would multiply float32 as TF32: three decimals.
+    "TRITON_F32_DEFAULT": "ieee",
     # Ranks are forked from a process that has imported everything (see forking.py for when).
     "VLLM_WORKER_MULTIPROC_METHOD": "fork",
     # Progress bars fill a log with carriage returns.

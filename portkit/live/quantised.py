@@ -10,6 +10,7 @@ packed_modules_mapping.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,9 @@ class Plan:
     """Module paths in the original, e.g. "model.layers.0.mlp.up_proj"."""
     ignored: tuple[str, ...]
     """Those left as they are; the head is always one."""
+    experts: tuple[str, ...] = ()
+    """Modules that hold experts as one tensor each: left as they are. The copy does not round them,
+    and vLLM's CPU build has no 8-bit kernel for experts."""
 
 
 def format_for(device: str) -> Format:
@@ -75,7 +79,13 @@ def plan(original: nn.Module, tensors: Collection[str], packed: dict[str, list[s
         left += [f"{parent}.{part}" for part in group if f"{parent}.{part}" in names]
     if len(single) > 1:
         left.append(single[0])
-    return Plan(tuple(n for n in names if n not in left), (*left, *heads))
+    experts = [
+        name
+        for name, module in original.named_modules()
+        if any(parameter.dim() > 2 for parameter in module.parameters(recurse=False))
+        and not isinstance(module, nn.modules.conv._ConvNd)
+    ]
+    return Plan(tuple(n for n in names if n not in left), (*left, *heads), tuple(experts))
 
 
 def write_copy(source: Checkpoint, target: Path, plan: Plan, format: Format) -> None:
@@ -104,7 +114,8 @@ def settings(plan: Plan, format: Format) -> dict[str, Any]:
         "quant_method": "compressed-tensors",
         "format": "int-quantized" if format == "int8" else "float-quantized",
         "quantization_status": "compressed",
-        "ignore": list(plan.ignored),
+        # vLLM asks for an expert's linears by name: experts.0.w1.
+        "ignore": [*plan.ignored, *(f"re:{re.escape(name)}\\..*" for name in plan.experts)],
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],

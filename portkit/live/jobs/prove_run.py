@@ -4,8 +4,9 @@ args: tensor_parallel_size, eager, dtype ("float32" or "auto"), rule (folder of 
 tests/models/utils.py has the rule), tokens (generated per prompt).
 value: compiled, mode, cudagraphs, dtype, scheduled [tokens computed the first time, and again],
 rule {"ok", "text"}, rows [{prompt, tokens, first_mismatch, max, mean, again, again_equal,
-floor_mean}]: distances of log-probabilities to Transformers in float32; the floor is Transformers'
-own distance from that in the engine's precision (0 in float32).
+floor_mean, asked}]: distances of log-probabilities to Transformers in float32; the floor is
+Transformers' own distance from that in the engine's precision (0 in float32), and the rule is asked
+for as many tokens as Transformers in that precision keeps it itself.
 """
 
 from __future__ import annotations
@@ -67,12 +68,16 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     say("Transformers on the same prompts")
     reference = Reference(port, checkpoint)
     expected = [reference.greedy(p, args["tokens"]) for p in prompts]
-    floors = _floors(reference, value["dtype"], prompts, expected)
+    itself = _in_its_precision(reference, value["dtype"], prompts, expected)
     value["rows"] = [
-        _row(p, e, o, a, floor)
-        for p, e, o, a, floor in zip(prompts, expected, once, again, floors, strict=True)
+        {
+            **_row(p, e, o, a, np.abs(own - e[1])),
+            "asked": _keeps_the_rule(e[1], own),
+        }
+        for p, e, o, a, own in zip(prompts, expected, once, again, itself, strict=True)
     ]
-    value["rule"] = _by_vllm_rule(Path(args["rule"]), expected, once)
+    asked = [row["asked"] for row in value["rows"]]
+    value["rule"] = _by_vllm_rule(Path(args["rule"]), expected, once, asked)
     return value
 
 
@@ -127,40 +132,59 @@ def _row(
     }
 
 
-def _floors(
+def _in_its_precision(
     reference: Reference,
     dtype: str,
     prompts: Sequence[Sequence[int]],
     expected: Sequence[tuple[tuple[int, ...], np.ndarray]],
 ) -> list[np.ndarray]:
-    """Return, per prompt, how far Transformers in `dtype` is from Transformers in float32."""
+    """Return, per prompt, Transformers' log-probabilities in `dtype` for float32's tokens."""
     if dtype == "float32":
-        return [np.zeros_like(rows) for _, rows in expected]
+        return [rows for _, rows in expected]
     model = reference.model_class.from_pretrained(
         str(reference.checkpoint.root), dtype=getattr(torch, dtype), local_files_only=True
     ).eval()
-    floors = []
+    found = []
     with torch.inference_mode():
-        for prompt, (tokens, rows) in zip(prompts, expected, strict=True):
+        for prompt, (tokens, _) in zip(prompts, expected, strict=True):
             ids = torch.tensor([[*prompt, *tokens[:-1]]])
             logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :].float()
-            floors.append(np.abs(torch.log_softmax(logits, -1).numpy() - rows))
-    return floors
+            found.append(torch.log_softmax(logits, -1).numpy())
+    return found
+
+
+def _keeps_the_rule(rows: np.ndarray, own: np.ndarray) -> int:
+    """Return for how many tokens each side's first choice is among the other's TOP.
+
+    A router that rounds to another expert breaks the rule in Transformers itself.
+    """
+    for at, (one, other) in enumerate(zip(rows, own, strict=True)):
+        first, second = (np.argsort(row)[::-1][:TOP] for row in (one, other))
+        if first[0] not in second or second[0] not in first:
+            return at
+    return len(rows)
 
 
 def _by_vllm_rule(
     source: Path,
     expected: Sequence[tuple[tuple[int, ...], np.ndarray]],
     found: Sequence[Generated],
+    asked: Sequence[int],
 ) -> dict[str, Any]:
-    """Apply check_logprobs_close of vLLM's tests/models/utils.py."""
+    """Apply check_logprobs_close of vLLM's tests/models/utils.py to so many tokens of each."""
     sys.path.append(str(source))
     from tests.models.utils import check_logprobs_close
 
     try:
         check_logprobs_close(
-            outputs_0_lst=[_as_vllm_tests(*e) for e in expected],
-            outputs_1_lst=[_as_vllm_tests(g.tokens, g.logprobs) for g in found],
+            outputs_0_lst=[
+                _as_vllm_tests(tokens[:n], rows[:n])
+                for (tokens, rows), n in zip(expected, asked, strict=True)
+            ],
+            outputs_1_lst=[
+                _as_vllm_tests(g.tokens[:n], g.logprobs[:n])
+                for g, n in zip(found, asked, strict=True)
+            ],
             name_0="transformers",
             name_1="vllm",
             warn_on_mismatch=False,

@@ -88,7 +88,7 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
             )
     return {
         "format": format,
-        "ignored": list(chosen.ignored),
+        "ignored": [*chosen.ignored, *chosen.experts],
         "layers": rows,
         "cases": cases,
         "difference": float(np.mean([c["mean"] for c in cases])),

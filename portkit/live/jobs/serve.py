@@ -2,7 +2,8 @@
 
 args: command (the words before the server's options), environment, cwd.
 value: answers [{endpoint, prompt, text, expected, finish_reason, expected_reason}],
-seconds_up.
+seconds_up, backend (the line of the server's log that says that vLLM's Transformers backend serves
+the model; "" if the port's class does).
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from portkit.port import Port
 
 TOKENS = 64
 UP_SECONDS = 240.0
+BACKEND = ("Using Transformers modeling backend", "falling back to Transformers implementation")
+"""What vLLM logs when it serves an architecture that it does not know."""
 
 
 def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
@@ -53,7 +56,7 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
         command,
         number,
         cwd=Path(request.args["cwd"]),
-        environment=user_environment(request.args["environment"]),
+        environment=user_environment({**request.args["environment"], "VLLM_LOGGING_LEVEL": "INFO"}),
         log=port.state_dir / "logs" / "server.log",
         say=say,
         timeout=UP_SECONDS,
@@ -66,11 +69,15 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.root), local_files_only=True)
         if tokenizer.chat_template:
             answers.append(_chat(client, model, texts[0]))
+    log = (port.state_dir / "logs" / "server.log").read_text(errors="replace")
     say("Transformers on the same prompts")
     reference = Reference(port, checkpoint)
     return {
         "answers": [_expect(a, reference, tokenizer, checkpoint.root) for a in answers],
         "seconds_up": seconds_up,
+        "backend": next(
+            (line for line in log.splitlines() if any(said in line for said in BACKEND)), ""
+        ),
     }
 
 

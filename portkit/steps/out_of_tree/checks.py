@@ -204,6 +204,21 @@ class _Served(Check):
                 (a["endpoint"], a["prompt"][-40:], a["text"], a["finish_reason"]) for a in answers
             ),
         )
+        if job.value["backend"]:
+            return self.failed(
+                "The server runs vLLM's Transformers backend, not the port: the process that holds "
+                "the model does not know the class.",
+                table,
+                job=job,
+                where=port.module,
+                causes=(
+                    "the class is registered in the server's process only; vLLM spawns the one "
+                    "that holds the model, which imports plugins and the main module again",
+                ),
+                next="Register in the plugin's register(), or at the top level of the script that "
+                "is run (not behind alter_sys=True).",
+                log=job.value["backend"],
+            )
         for answer in answers:
             if answer["text"] != answer["expected"]:
                 return self.failed(

@@ -74,3 +74,15 @@ def test_unusual_configs_are_made_small(architecture: str, model_type: str, tmp_
     )
     assert done.ok, done.what
     assert done.value["parameters"] < 3_000_000
+
+
+def test_weights_as_transformers_makes_them(tmp_path: Path) -> None:
+    """Without hard values the heads' size must fit the small width all the same."""
+    done = live_for(None).run(
+        "random_checkpoint",
+        architecture="HeliumForCausalLM",
+        model_type="helium",
+        out=str(tmp_path),
+        hard=False,
+    )
+    assert done.ok, done.what

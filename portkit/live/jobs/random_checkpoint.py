@@ -233,7 +233,8 @@ def _smallest_that_works(
         if not (kept or refused):
             break
         values = {**sizes, **{k: v for k, v in hard.items() if k not in dropped}}
-        if "head_dim" in dropped:  # a default for a large model rarely fits the small sizes
+        if "head_dim" in (dropped if hardened else fields):
+            # A default for a large model rarely fits the small sizes.
             values["head_dim"] = SIZES["hidden_size"] // SIZES["num_attention_heads"]
         values = {
             **values,

@@ -264,3 +264,17 @@ def test_a_class_of_another_models_file_is_brought_along():
     )
     code = extract(other, found.name, found.file.name, InTransformers(found.module)).code
     assert "import Zamba2RotaryEmbedding" in code
+
+
+def test_classes_of_another_models_file_that_share_helpers_come_once(tmp_path):
+    text = (
+        "from ..llama.modeling_llama import LlamaAttention, LlamaForCausalLM\n\n\n"
+        "class MineAttention(LlamaAttention):\n    pass\n\n\n"
+        "class MineForCausalLM(LlamaForCausalLM):\n    attention = MineAttention\n"
+    )
+    file = tmp_path / "modeling_mine.py"
+    file.write_text(text)
+    code = extract(text, "MineForCausalLM", file.name, BesideFile(file)).code
+    assert "modeling_llama import" not in code
+    assert code.count("class LlamaAttention(") == code.count("def rotate_half(") == 1
+    exec(compile(code, file.name, "exec"), {"__name__": "mine"})

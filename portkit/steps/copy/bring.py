@@ -22,6 +22,7 @@ def bring_in(module: cst.Module, extractor: Extractor) -> tuple[cst.Module, tupl
     for something else.
     """
     brought: list[str] = []
+    own = next(s for s in module.body if isinstance(s, cst.ClassDef | cst.FunctionDef))
     for statement in list(module.body):
         source = _other_model(statement)
         if not source:
@@ -35,7 +36,7 @@ def bring_in(module: cst.Module, extractor: Extractor) -> tuple[cst.Module, tupl
             continue
         new = module.with_changes(body=[s for s in module.body if s is not statement])
         for name in names:
-            new = _with(new, cst.parse_module(extractor(text, name, source)), source)
+            new = _with(new, cst.parse_module(extractor(text, name, source)), source, own)
             if new is None:
                 break
         if new is not None:
@@ -57,8 +58,10 @@ def _other_model(statement: cst.CSTNode) -> str:
     return name if models and parts[3].startswith("modeling_") and parts[2] != "auto" else ""
 
 
-def _with(module: cst.Module, other: cst.Module, source: str) -> cst.Module | None:
-    """The file with the other's statements before its first definition; None if names clash."""
+def _with(
+    module: cst.Module, other: cst.Module, source: str, own: cst.CSTNode
+) -> cst.Module | None:
+    """The file with the other's statements before its `own` first; None if names clash."""
     shown = {name: what for s in module.body for name, what in _bound(s).items()}
     imports: list[cst.BaseStatement] = []
     definitions: list[cst.BaseStatement] = []
@@ -73,7 +76,7 @@ def _with(module: cst.Module, other: cst.Module, source: str) -> cst.Module | No
         blank = [cst.EmptyLine(indent=False)] * 2
         definitions[0] = definitions[0].with_changes(leading_lines=[*blank, note])
     body = list(module.body)
-    at = next(i for i, s in enumerate(body) if isinstance(s, cst.ClassDef | cst.FunctionDef))
+    at = body.index(own)
     last = max((i for i, s in enumerate(body[:at]) if _is_import(s)), default=-1) + 1
     plain = [s.with_changes(leading_lines=()) for s in imports]
     body[at:at] = definitions
@@ -91,7 +94,7 @@ def _bound(statement: cst.CSTNode) -> dict[str, str]:
     """Names that a statement at the top level binds, and to what: an import, or a definition."""
     code = cst.Module([]).code_for_node
     if isinstance(statement, cst.ClassDef | cst.FunctionDef):
-        return {statement.name.value: code(statement).strip()}
+        return {statement.name.value: code(statement.with_changes(leading_lines=())).strip()}
     if not isinstance(statement, cst.SimpleStatementLine):
         return {}
     small = statement.body[0]

@@ -38,6 +38,8 @@ class Expert(Interpreter):
 
     def __init__(self, view: ClassView, stacked: set[str], biases: set[str]) -> None:
         self.view, self.stacked, self.biases = view, stacked | biases, biases
+        self.handed_on_from = ""
+        """Number of the first expert that returns its tokens as they are, as source."""
         self.viewed: dict[str, tuple[str, str]] = {}
         """Sizes [out, in] (or turned) of each expert's part of a parameter with two dimensions."""
 
@@ -48,9 +50,39 @@ class Expert(Interpreter):
                 if call_name(node.value).endswith(".index_add_"):
                     return self.value(node.value.args[2], values)
                 continue
+            if isinstance(node, ast.If):
+                self._choice(node, values)
             if isinstance(node, ast.Assign | ast.AnnAssign):
                 self._block([node], values)
         raise CannotTell(f"{self.view.name} adds nothing by index_add_", self.view.node)
+
+    def _choice(self, node: ast.If, values: dict[str, Any]) -> None:
+        """`if expert >= n: y = x`, else what experts do: experts from n on hand their tokens on.
+
+        Other branches must not assign: those that skip an expert without tokens, say.
+        """
+        assigned = [n for n in ast.walk(node) if isinstance(n, ast.Assign | ast.AugAssign)]
+        if not assigned:
+            return
+        tests = node.test.values if isinstance(node.test, ast.BoolOp) else [node.test]
+        made = [t for t in tests if text(t).removesuffix(" is None") not in self._parameters()]
+        yes = dict(values)
+        self._block(node.body, yes)
+        changed = {n: v for n, v in yes.items() if n not in values or values[n] != v}
+        many = made[0] if len(made) == 1 and isinstance(made[0], ast.Compare) else None
+        if (
+            many is None
+            or not isinstance(many.ops[0], ast.GtE)
+            or set(changed.values()) != {("x",)}
+            or (len(tests) > 1 and not isinstance(node.test.op, ast.Or))
+        ):
+            raise CannotTell(f"cannot follow `if {text(node.test)}`", node)
+        count = self.view.resolve(many.comparators[0])
+        self.handed_on_from = text(count).replace("self.config.", "config.")
+        self._block(node.orelse, values)
+
+    def _parameters(self) -> set[str]:
+        return {f"self.{attr}" for attr in self.stacked}
 
     def attribute(self, node: ast.Attribute, values: dict[str, Any]) -> Any:
         if text(node.value) == "self" and node.attr in self.stacked:
@@ -142,6 +174,8 @@ class Expert(Interpreter):
             return ("sigmoid", self.value(node.args[0] if node.args else node.func.value, values))
         if name.startswith("self.") and len(node.args) == 1:
             made = self.view.get(attr)
+            if made is not None and text(made.value) == "nn.Identity()":
+                return self.value(node.args[0], values)
             if made is not None:
                 return ("act", text(made.value), self.value(node.args[0], values))
         if isinstance(node.func, ast.Attribute):

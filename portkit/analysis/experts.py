@@ -31,7 +31,7 @@ def read_experts(view: ClassView) -> ExpertsFacts:
     index, weights = _index_and_weights(view.forward, parameters)
     biases = stacked_parameters(view, 2)
     gated = Gated("", "", "", False)
-    why, sizes = "", ("", "", "")
+    why, sizes, handed_on_from = "", ("", "", ""), ""
     try:
         loop = next(
             (
@@ -45,7 +45,7 @@ def read_experts(view: ClassView) -> ExpertsFacts:
             raise CannotTell(f"{view.name} has no loop over its experts", view.forward)
         expert = Expert(view, set(stacked), set(biases))
         term = expert.follow(loop.body, {parameters[0]: ("x",), weights: ("weight",)})
-        gated = _gated(view, term)
+        gated, handed_on_from = _gated(view, term), expert.handed_on_from
         sizes = _sizes(view, stacked.get(gated.down), gated.transposed)
         if gated.parts:
             rows, columns = expert.viewed.get(gated.down, ("", ""))
@@ -68,6 +68,7 @@ def read_experts(view: ClassView) -> ExpertsFacts:
         gated.clamp,
         has_gate=gated.has_gate,
         parts=gated.parts,
+        handed_on_from=handed_on_from,
     )
 
 

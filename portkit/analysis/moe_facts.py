@@ -76,6 +76,8 @@ class ExpertsFacts:
     """False: down(act(up)), and gate_up is the parameter of up."""
     parts: tuple[str, ...] = ()
     """gate, down and up where each is a parameter [experts * intermediate, hidden]; else ()."""
+    handed_on_from: str = ""
+    """Number of the first expert that returns its tokens as they are, as source; "" if none."""
 
 
 @dataclass(frozen=True)

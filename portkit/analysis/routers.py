@@ -69,6 +69,8 @@ def read_router(view: ClassView) -> RouterFacts:
             argument(made, i, n) for i, n in ((0, "in_features"), (1, "out_features"))
         )
         biased = text(argument(made, 2, "bias")) != "False"
+        if call_name(call).endswith(".linear"):  # F.linear(x, self.gate.weight)
+            biased = len(call.args) > 2
     else:
         sizes = view.get("weight").value.args[0].args
         experts, hidden = sizes[0], sizes[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import libcst as cst
 
 from portkit.analysis.facts import AttentionFacts, LayerFacts
@@ -152,7 +154,7 @@ def _call_attention(
     """self.self_attn(x, attention_mask=..., ...) -> self.self_attn(positions=positions, ...)."""
 
     def change(here: cst.CSTNode) -> cst.CSTNode | None:
-        if not edit.is_call(here, f"self.{attr}"):
+        if not _calls(here, attr):
             return None
         given = edit.call_argument(here, 0, inside)
         if given is None:
@@ -160,16 +162,17 @@ def _call_attention(
                 f"{work.facts.layer.cls}.forward passes no {inside} to self.{attr}.",
                 work.facts.layer.line,
             )
-        return edit.expression(f"self.{attr}(positions=positions, {inside}={edit.code(given)})")
+        called = edit.code(here.func)
+        return edit.expression(f"{called}(positions=positions, {inside}={edit.code(given)})")
 
     def first_target(here: cst.CSTNode) -> cst.CSTNode | None:
-        if isinstance(here, cst.Assign) and edit.is_call(here.value, f"self.{attr}"):
+        if isinstance(here, cst.Assign) and _calls(here.value, attr):
             target = here.targets[0].target
             if isinstance(target, cst.Tuple):
                 return here.with_changes(targets=[cst.AssignTarget(target.elements[0].value)])
         if (
             isinstance(here, cst.Subscript)
-            and edit.is_call(here.value, f"self.{attr}")
+            and _calls(here.value, attr)
             and edit.code(here).endswith("[0]")
         ):
             return here.value
@@ -177,6 +180,12 @@ def _call_attention(
 
     called = edit.replace(node, change)
     return called if unpack else edit.replace(called, first_target)
+
+
+def _calls(node: cst.CSTNode, attr: str) -> bool:
+    """Is it a call of self.attr, or of an element of that list?"""
+    called = edit.code(node.func) if isinstance(node, cst.Call) else ""
+    return re.fullmatch(rf"self\.{attr}(\[\d+\])?", called) is not None
 
 
 def _outputs_as_tensor(body: list[edit.Statement], attr: str) -> list[edit.Statement]:
@@ -216,7 +225,19 @@ def _construct(node: edit.Statement, made: dict[str, str], work: Work) -> edit.S
         pair = edit.assigned_attribute(here) if isinstance(here, cst.SimpleStatementLine) else None
         if pair is None or pair[0] not in made:
             return None
-        return edit.replace(here, lambda n: _constructed(n, pair[0], made[pair[0]], work))
+        name = pair[0]
+        listed = edit.is_call(pair[1], "nn.ModuleList") and isinstance(
+            pair[1].args[0].value, cst.ListComp
+        )
+        if listed:  # the number in the list is part of the name
+            loop = pair[1].args[0].value.for_in
+            index = edit.code(loop.target)
+            if index == "_":
+                index = "i"
+                numbered = loop.with_changes(target=cst.Name(index))
+                here = here.deep_replace(loop, numbered)
+            name = f"{name}.{{{index}}}"
+        return edit.replace(here, lambda n: _constructed(n, name, made[pair[0]], work))
 
     return edit.replace(node, line)
 
@@ -230,7 +251,11 @@ def _constructed(node: cst.CSTNode, attr: str, kind: str, work: Work) -> cst.CST
         edit.method(work.cls(name), "__init__")
     ):
         return None
-    kept = [a for a in node.args if edit.code(a.value) != "layer_idx"]
+    kept = [
+        a
+        for a in node.args
+        if edit.code(a.value) != "layer_idx" and not (a.keyword and a.keyword.value == "layer_idx")
+    ]
     arguments = [edit.flat(a.with_changes(comma=cst.MaybeSentinel.DEFAULT)) for a in kept]
     if kind == "attention":
         arguments.append("cache_config=cache_config")

@@ -14,6 +14,7 @@ from portkit.draft import edit
 from portkit.draft.blocker import Blocker
 from portkit.draft.transforms.constructors import add_parameter, linear_statement, pass_argument
 from portkit.draft.transforms.expert_layouts import checkpoint_layout, constants_guard
+from portkit.draft.transforms.handed_on import hand_on
 from portkit.draft.transforms.parallel_router import Call, gate_statements, port_router
 from portkit.draft.work import Work, set_method
 
@@ -39,6 +40,8 @@ def port_moe(work: Work, facts: MoeFacts) -> None:
     ]
     cls = set_method(cls, _unpacked(edit.method(cls, "forward"), linears))
     cls = set_method(cls, _init(work, facts, init, routing.arguments, routing.own_class))
+    if facts.experts.handed_on_from:
+        cls = hand_on(facts, call, cls)
     work.put(cls)
     rule = "vLLM's arguments" if not routing.custom else "the author's, in a method"
     work.did.append(

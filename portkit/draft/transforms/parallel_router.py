@@ -13,7 +13,7 @@ from portkit.draft.blocker import Blocker
 from portkit.draft.transforms.constructors import add_parameter
 from portkit.draft.work import Work, set_members, set_method
 
-_ROUTE = (
+ROUTE = (
     "self, hidden_states: torch.Tensor, gating_output: torch.Tensor, topk: int, renormalize: bool"
 )
 
@@ -49,6 +49,8 @@ def port_router(work: Work, facts: MoeFacts, call: Call) -> Ported:
     """Draft the router's class, or do without it; see `Ported`."""
     router = facts.router
     arguments = _known(work, facts, call)
+    if facts.experts.handed_on_from:  # the block looks at the choice, too
+        arguments = None
     custom = arguments is None
     if arguments is None:
         arguments = _custom(work, facts, call)
@@ -104,6 +106,8 @@ def _custom(work: Work, facts: MoeFacts, call: Call) -> list[str]:
         named = {names[n] if isinstance(n, int) else n: value for n, value in call.extra.items()}
         bound = ", ".join(f"{name}={value}" for name, value in named.items())
         route = f"partial({route}, {bound})"
+    if facts.experts.handed_on_from:
+        route = "self.route"
     return ["renormalize=False", f"custom_routing_function={route}"]
 
 
@@ -219,7 +223,7 @@ def _route(work: Work, facts: MoeFacts, forward: cst.FunctionDef, call: Call) ->
         f", {name if isinstance(name, str) else edit.parameters(forward)[name]}: torch.Tensor"
         for name in call.extra
     )
-    signature = _ROUTE.replace("hidden_states", hidden, 1) if hidden != "hidden_states" else _ROUTE
+    signature = ROUTE.replace("hidden_states", hidden, 1) if hidden != "hidden_states" else ROUTE
     made = edit.function(
         f"def route({signature}{extra}) -> tuple[torch.Tensor, torch.Tensor]:\n"
         '    """The weights and the experts of each token; vLLM has no such rule of its own."""'

@@ -139,3 +139,21 @@ def test_experts_in_parts_and_a_config_inside_the_config() -> None:
 def test_other_experts_in_parts_are_refused(seed: tuple[str, str]) -> None:
     with pytest.raises(AssertionError, match=r"DbrxExperts: (its experts are|cannot follow)"):
         drafted("dbrx", seed)
+
+
+def test_experts_that_hand_tokens_on_and_lists_in_a_layer() -> None:
+    source = drafted("longcat_flash")["weights"]
+    for word in (
+        "self.num_real_experts = config.n_routed_experts",
+        "self.experts(hidden_states, router_logits) + handed_on",
+        "custom_routing_function=self.route,",
+        'prefix=f"{prefix}.self_attn.{i}"',
+        '".mlps.1.gate_proj": (".mlps.1.gate_up_proj", 0)',
+    ):
+        assert word in source
+
+
+def test_a_branch_between_experts_of_another_kind_is_refused() -> None:
+    seed = ("self.identity_expert(current_state)", "-current_state")
+    with pytest.raises(AssertionError, match="cannot follow `if expert_idx >="):
+        drafted("longcat_flash", seed)

@@ -42,6 +42,7 @@ def harden(model: torch.nn.Module, spread: float) -> None:
                 buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     model.tie_weights()
     _fold_missing_scales(model)
+    _soften_enlarged_queries(model)
 
 
 def _fold_missing_scales(model: torch.nn.Module) -> None:
@@ -61,6 +62,25 @@ def _fold_missing_scales(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for module in unscaled:
             module.q_proj.weight.mul_(module.head_dim**-0.5)
+
+
+def _soften_enlarged_queries(model: torch.nn.Module) -> None:
+    """Where an attention enlarges its queries by factors beside its scale, make up for it.
+
+    Longcat Flash does; else its scores are so sharp that float32 alone moves what it answers.
+    """
+    enlarged = [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "q_b_proj", None), torch.nn.Linear)
+        and any("scale" in n and isinstance(v, float) and v > 1 for n, v in vars(module).items())
+    ]
+    spread = _scores_spread(model) if enlarged else 0.0
+    if spread < SHARPEST:
+        return
+    with torch.no_grad():
+        for module in enlarged:
+            module.q_b_proj.weight.mul_(SHARPEST / (2 * spread))
 
 
 def _scores_spread(model: torch.nn.Module) -> float:

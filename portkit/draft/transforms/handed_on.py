@@ -1,4 +1,4 @@
-"""Step parallel: experts without weights, which return their tokens as they are.
+"""Step parallel: experts without weights, which return tokens as they are.
 
 vLLM's own way (`zero_expert_type`) takes one routing rule and needs Triton. Here the block adds
 those tokens itself, on any platform and after any rule: among the fused experts such a choice is
@@ -55,9 +55,7 @@ def hand_on(facts: MoeFacts, call: Call, cls: cst.ClassDef) -> cst.ClassDef:
         pair = edit.assigned(node)
         if pair and edit.is_call(pair[1], f"self.{facts.router_attr}"):
             added = edit.statements(_ADDED.format(router=facts.router_attr, given=call.given))
-            note = (
-                f"Experts from {facts.experts.handed_on_from} on return their tokens as they are."
-            )
+            note = f"Experts from {facts.experts.handed_on_from} on return tokens as they are."
             body += [edit.comment_before(added[0], note), *added[1:]]
     cls = set_method(cls, edit.with_body(forward, body))
     sizes = edit.statements(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from portkit.analysis.classes import ModuleView, call_name
+import ast
+
+from portkit.analysis.classes import ModuleView, call_name, text
 from portkit.analysis.conversion import Merge, conversions_of
 from portkit.analysis.making import made_by
 from portkit.draft.blocker import Blocker
@@ -50,8 +52,17 @@ def owners(module: ModuleView, fused: str) -> list[str]:
         return []
     holding = {v.name for v in module.classes.values() if v.get(fused) is not None}
     found = [
-        item.attr
+        name
         for view, item in made
         if any(c.name in holding for c in made_by(module, view, item.value))
+        for name in _numbered(item.attr, item.value)
     ]
     return list(dict.fromkeys(found))
+
+
+def _numbered(attr: str, value: ast.expr) -> list[str]:
+    """attr, or attr.0, attr.1, ... of a ModuleList over numbers that are written out."""
+    for node in ast.walk(value):
+        if isinstance(node, ast.ListComp) and isinstance(node.generators[0].iter, ast.List):
+            return [f"{attr}.{text(number)}" for number in node.generators[0].iter.elts]
+    return [attr]

@@ -77,6 +77,12 @@ def test_a_rule_of_its_own_is_not_taken_for_vllms() -> None:
     assert "custom_routing_function=self.gate.route" in source
 
 
+def test_shared_experts_of_a_branch_are_quantised_too() -> None:
+    source = drafted("cohere2_moe")["weights"]
+    made = source.split("self.shared_experts = Cohere2MoeMLP(")[1].split("\n            )")[0]
+    assert "quant_config=quant_config" in made
+
+
 def test_alternating_gate_and_up_are_swigluoai() -> None:
     sources = drafted("gpt_oss")
     assert "hidden_states, _ = self.mlp" not in sources["forward"]

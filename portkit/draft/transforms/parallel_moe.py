@@ -169,7 +169,7 @@ def _init(
         elif pair and _linear(pair[1]):
             body.append(linear_statement(node, "ReplicatedLinear"))
         elif isinstance(node, cst.If):
-            body.append(_optional_linears(node))
+            body.append(_quantised(work, facts, _optional_linears(node)))
         else:
             body.append(_quantised(work, facts, node))
     body += [*constants_guard(facts.experts), edit.blank_before(made)]

@@ -5,62 +5,23 @@
 
 import ast
 import difflib
-import importlib
 import os
-from functools import cache
 from pathlib import Path
 
 import pytest
+from drafting import STEPS, assert_done, copied, drafted, states
 
-from portkit.architectures import find_architecture
 from portkit.create import new_port
-from portkit.draft.outcome import DraftOutcome
 from portkit.draft.pipeline import apply_draft, draft_step
-from portkit.draft.source_draft import draft_source_outcome
-from portkit.lint.engine import findings, lint_source
-from portkit.lint.registry import rules_of
+from portkit.lint.engine import findings
 from portkit.port import Port
-from portkit.steps.copy.extract import extract
-from portkit.steps.copy.places import InTransformers
 
 GOLDENS = Path(__file__).parent / "goldens"
 HELIUM = Path(__file__).parent.parent / "portkit" / "models" / "helium" / "checkpoint"
-STEPS = ("forward", "parallel", "weights")
 FAMILIES = (
     "helium", "llama", "mistral", "qwen2", "qwen3", "gemma2", "granite", "olmo2", "glm4", "phi3",
     "smollm3", "starcoder2",
 )  # fmt: skip
-
-
-@cache
-def copied(model: str) -> tuple[str, str]:
-    """(architecture, source in the copy state) of one of Transformers' models."""
-    found = find_architecture(model)
-    code = extract(
-        found.file.read_text(encoding="utf-8"),
-        found.name,
-        found.file.name,
-        InTransformers(found.module),
-    )
-    return found.name, code.code
-
-
-def drafted(source: str, architecture: str, step: str) -> DraftOutcome:
-    module = importlib.import_module(f"portkit.steps.{step}.draft")
-    return draft_source_outcome(source, architecture, step, "modeling.py", module.draft_source)
-
-
-@cache
-def states(model: str) -> dict[str, str]:
-    """Source after each step, drafted one after the other."""
-    architecture, source = copied(model)
-    found = {"copy": source}
-    for step in STEPS:
-        outcome = drafted(source, architecture, step)
-        assert outcome.status == "success", outcome.reason
-        ((_, source),) = outcome.files
-        found[step] = source
-    return found
 
 
 @pytest.mark.parametrize("model", FAMILIES)
@@ -81,14 +42,7 @@ def test_golden(model: str) -> None:
 
 @pytest.mark.parametrize("model", FAMILIES)
 def test_drafts_satisfy_the_rules_and_are_done(model: str) -> None:
-    """No finding of the step's rules is left, and drafting the drafted file changes nothing."""
-    architecture, _ = copied(model)
-    found = states(model)
-    for step in STEPS:
-        rules = [rule for rule in rules_of(step) if rule.target == "modeling"]
-        left = lint_source(found[step], "modeling.py", rules)
-        assert [(f.rule, f.line, f.message) for f in left] == []
-        assert drafted(found[step], architecture, step).status == "skipped"
+    assert_done(model)
 
 
 @pytest.mark.parametrize("model", FAMILIES)

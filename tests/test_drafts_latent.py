@@ -1,11 +1,9 @@
 """Multi-head latent attention: its facts, and drafts that expand the latent to every head."""
 
 import pytest
-from test_drafts import STEPS, copied, drafted, states
+from drafting import assert_done, copied, drafted, states
 
 from portkit.analysis.facts import facts_of
-from portkit.lint.engine import lint_source
-from portkit.lint.registry import rules_of
 
 WRITTEN = [
     # A part that is rotated, a part that all heads share, values of another size than keys.
@@ -49,12 +47,7 @@ def test_what_the_draft_writes(step: str, text: str) -> None:
 
 @pytest.mark.parametrize("model", ["youtu", "minicpm3"])
 def test_drafts_satisfy_the_rules_and_are_done(model: str) -> None:
-    architecture, _ = copied(model)
-    for step in STEPS:
-        rules = [rule for rule in rules_of(step) if rule.target == "modeling"]
-        left = lint_source(states(model)[step], "modeling.py", rules)
-        assert [(f.rule, f.line, f.message) for f in left] == []
-        assert drafted(states(model)[step], architecture, step).status == "skipped"
+    assert_done(model)
 
 
 def test_an_indexer_is_a_blocker_with_a_class_to_start_from() -> None:

@@ -48,11 +48,12 @@ def whole_parameters(facts: AttentionFacts, view: ClassView) -> set[str]:
     """
     dim = _resolved(view, facts.head_dim)
     width = _resolved(view, facts.o.out_features) if facts.o is not None else ""
-    found = {i.attr: _parameter_size(view, i.value).strip("(,)") for i in view.assigned}
+    found = {i.attr: _parameter_size(view, i.value) for i in view.assigned}
     return {
         attr
         for attr, size in found.items()
-        if size and (size == dim or (size == width and _behind_output(facts, view, attr)))
+        if size in (dim, f"({dim},)")
+        or (size and size in (width, f"({width},)") and _behind_output(facts, view, attr))
     }
 
 

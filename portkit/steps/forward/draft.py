@@ -20,8 +20,9 @@ from portkit.draft.serving.linears import declare_renamed, declare_transposed
 from portkit.draft.serving.normal import NormalForm, normal_form
 from portkit.draft.transforms.class_alias import write_out
 from portkit.draft.transforms.forward_attention import port_attention
+from portkit.draft.transforms.forward_causal_lm import port_causal_lm
 from portkit.draft.transforms.forward_layer import port_layer, port_mlp
-from portkit.draft.transforms.forward_model import port_causal_lm, port_model
+from portkit.draft.transforms.forward_model import port_model
 from portkit.draft.transforms.forward_moe import port_moe
 from portkit.draft.transforms.forward_wrappers import port_wrappers
 from portkit.draft.transforms.layer_list import unroll

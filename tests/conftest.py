@@ -38,14 +38,11 @@ def pytest_xdist_auto_num_workers() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), room))
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook, too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Longest first; a file in one process, for its worker's sake. Skip what cannot run here."""
+    """Longest files first. Skip what needs a GPU or a browser where there is none, and say so."""
     slow = {item.path for item in items if item.get_closest_marker("vllm")}
-    items.sort(key=lambda i: (not i.get_closest_marker("notebooks"), i.path not in slow))
-    for item in items:
-        if not item.get_closest_marker("notebooks"):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+    books = {item.path for item in items if item.get_closest_marker("notebooks")}
+    items.sort(key=lambda item: (item.path not in books, item.path not in slow))
     marks = {mark.name for item in items for mark in item.iter_markers()}
     reasons = {}
     if "gpu" in marks:

@@ -55,6 +55,16 @@ def set_members(cls: cst.ClassDef, members: list[edit.Statement]) -> cst.ClassDe
     return cls.with_changes(body=cst.IndentedBlock(body=members or [edit.statement("pass")]))
 
 
+def put_class(module: cst.Module, new: cst.ClassDef) -> cst.Module:
+    """The file with a class in the place of the one of its name."""
+    name = new.name.value
+    return module.with_changes(
+        body=[
+            new if isinstance(i, cst.ClassDef) and i.name.value == name else i for i in module.body
+        ]
+    )
+
+
 def set_method(cls: cst.ClassDef, new: cst.FunctionDef) -> cst.ClassDef:
     """Replace a method, or add it at the end of the class."""
     old = edit.method(cls, new.name.value)

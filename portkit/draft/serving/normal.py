@@ -35,7 +35,7 @@ from portkit.draft.serving.specialise import Specialised, specialise
 from portkit.draft.serving.split_layers import split_layers
 from portkit.draft.serving.tokens import first_output, flat_tokens, free_the_name
 from portkit.draft.serving.whole_cut import cut_whole
-from portkit.draft.work import set_method
+from portkit.draft.work import put_class, set_method
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ def normal_form(module: cst.Module, architecture: str) -> NormalForm:
     by_hand = [c for c in _served_classes(module, served) if _attends_by_hand(c)]
     for cls in _served_classes(module, served):
         if cls in by_hand:
-            module = _replaced(module, _in_one_piece(module, cls))
+            module = put_class(module, _in_one_piece(module, cls))
         elif _attends(cls):
             new = inline.without_aliases(edit.method(cls, "forward"))
-            module = _replaced(module, set_method(cls, new))
+            module = put_class(module, set_method(cls, new))
         elif cls.name.value != architecture:
-            module = _replaced(module, _with_flat_tokens(module, cls))
+            module = put_class(module, _with_flat_tokens(module, cls))
     module = merge_same_arguments(module, set(served.passed))
     module = hoist_residuals(module, set(served.passed))
     module = drop_unread_parameters(module, set(served.passed), architecture)
@@ -103,12 +103,12 @@ def normal_form(module: cst.Module, architecture: str) -> NormalForm:
     for cls in _served_classes(module, served):
         if _attends_by_hand(cls):
             cls, blocker = _with_core_called(module, cls, served)
-            module = _replaced(module, cls)
+            module = put_class(module, cls)
             lost += [(cls.name.value, blocker)] if blocker is not None else []
     module = add_inside(module)
     if "torch.tril(" in source:
         for cls in _served_classes(module, served):
-            module = _replaced(module, without(cls, causal_buffers(cls).attrs))
+            module = put_class(module, without(cls, causal_buffers(cls).attrs))
     module = drop_unserved_methods(module, set(served.passed))
     if alibi:
         module, told = with_slopes(module)
@@ -136,7 +136,7 @@ def _with_sequences(module: cst.Module) -> cst.Module:
         init = edit.method(cls, "__init__")
         if init is not None:
             new = inline.inline_functions(module, init, inline.makes_sequence)
-            module = _replaced(module, set_method(cls, new))
+            module = put_class(module, set_method(cls, new))
     return module
 
 
@@ -157,15 +157,6 @@ def _with_flat_tokens(module: cst.Module, cls: cst.ClassDef) -> cst.ClassDef:
     forward = free_the_name(forward, "positions", "position_embeds")
     forward = inline.inference_body(flat_tokens(forward), prune.dropout_attributes(cls))
     return set_method(cls, first_output(forward))
-
-
-def _replaced(module: cst.Module, cls: cst.ClassDef) -> cst.Module:
-    name = cls.name.value
-    return module.with_changes(
-        body=[
-            cls if isinstance(i, cst.ClassDef) and i.name.value == name else i for i in module.body
-        ]
-    )
 
 
 def _attends_by_hand(cls: cst.ClassDef) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import libcst as cst
 
 from portkit.draft import edit
-from portkit.draft.work import set_method
+from portkit.draft.work import put_class, set_method
 
 
 def hoist_residuals(module: cst.Module, served: set[tuple[str, str]]) -> cst.Module:
@@ -24,7 +24,7 @@ def hoist_residuals(module: cst.Module, served: set[tuple[str, str]]) -> cst.Mod
         if not users:
             continue
         position = edit.parameters(edit.method(cls, "forward")).index(parameter)
-        module = _put(module, set_method(cls, new))
+        module = put_class(module, set_method(cls, new))
         for user, attr in users:
             module = _with_calls(module, user, attr, parameter, position)
     return module
@@ -72,15 +72,6 @@ def _users(module: cst.Module, name: str) -> list[tuple[str, str]]:
     return found
 
 
-def _put(module: cst.Module, new: cst.ClassDef) -> cst.Module:
-    name = new.name.value
-    return module.with_changes(
-        body=[
-            new if isinstance(i, cst.ClassDef) and i.name.value == name else i for i in module.body
-        ]
-    )
-
-
 def _with_calls(
     module: cst.Module, user: str, attr: str, parameter: str, position: int
 ) -> cst.Module:
@@ -109,7 +100,7 @@ def _with_calls(
             node.with_changes(body=[small.with_changes(value=call.with_changes(args=kept))])
         )
         body.append(edit.statement(f"{name} = {name} + {edit.code(given.value)}"))
-    return _put(module, set_method(cls, edit.with_body(forward, body)))
+    return put_class(module, set_method(cls, edit.with_body(forward, body)))
 
 
 def call_autograd_functions(module: cst.Module) -> cst.Module:

@@ -11,7 +11,7 @@ from itertools import pairwise
 import libcst as cst
 
 from portkit.draft import edit
-from portkit.draft.work import set_method
+from portkit.draft.work import put_class, set_method
 
 
 def keep_parameters(module: cst.Module) -> cst.Module:
@@ -22,12 +22,12 @@ def keep_parameters(module: cst.Module) -> cst.Module:
         if found is None:
             continue
         position, attr = found
-        module = _replaced(module, cls, set_method(cls, _without_element(forward, position)))
+        module = put_class(module, set_method(cls, _without_element(forward, position)))
         for user in [c for c in module.body if isinstance(c, cst.ClassDef)]:
             for held in _held(user, cls.name.value):
                 new = _reading(edit.method(user, "forward"), held, position, attr)
                 if new is not None:
-                    module = _replaced(module, user, set_method(user, new))
+                    module = put_class(module, set_method(user, new))
     return module
 
 
@@ -46,8 +46,8 @@ def add_inside(module: cst.Module) -> cst.Module:
             if cls is None:
                 continue
             kept = [s for s in body if s is not second]
-            module = _replaced(module, user, set_method(user, edit.with_body(forward, kept)))
-            module = _replaced(module, cls, _adding(cls, attr))
+            module = put_class(module, set_method(user, edit.with_body(forward, kept)))
+            module = put_class(module, _adding(cls, attr))
             return add_inside(module)
     return module
 
@@ -151,12 +151,3 @@ def _adding(cls: cst.ClassDef, attr: str) -> cst.ClassDef:
     name = edit.code(first)
     made = edit.statement(f"if self.{attr} is not None:\n    {name} = {name} + self.{attr}")
     return set_method(cls, edit.with_body(forward, [*body, made, last]))
-
-
-def _replaced(module: cst.Module, old: cst.ClassDef, new: cst.ClassDef) -> cst.Module:
-    name = old.name.value
-    return module.with_changes(
-        body=[
-            new if isinstance(i, cst.ClassDef) and i.name.value == name else i for i in module.body
-        ]
-    )

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from torch import nn
+from vllm.model_executor.kernels.linear.scaled_mm import cpu as cpu_kernels
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from portkit.live.checkpoint import open_checkpoint
@@ -59,7 +60,11 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     say(f"writing an {format} copy of the checkpoint")
     write_copy(checkpoint, folder, chosen, format)
     options: dict[str, Any] = {}
-    if device == "cuda":
+    if device == "cpu":
+        # On a CPU with AMX vLLM prefers a kernel that takes no float32; oneDNN's, its choice on
+        # every other CPU, does. A job is a process of its own, so nothing has to be put back.
+        cpu_kernels.check_cpu_sgl_kernel = lambda *_: False
+    else:
         # The 8-bit kernels give no float32. Of the two that they give, float16 has three bits more,
         # so fewer activations cross a rounding step; vLLM may choose its usual attention.
         options = {"dtype": "float16", "attention_config": None}

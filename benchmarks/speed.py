@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py [--models llama,helium] [--batches 1,32,512] [--tokens 128,256]
                                [--repeats 5] [--seconds 10] [--size 1.2b|tiny] [--write FILE]
+                               [--ways port,native,transformers_backend]
 
 For an NVIDIA GPU: bfloat16, torch.compile and CUDA graphs. A checkpoint with random weights is
 written in the model's own configuration at the asked size, the port is drafted, and each way runs
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, help="of each batch, at least")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each batch, at least")
     parser.add_argument("--size", default="1.2b", choices=SIZES)
+    parser.add_argument("--ways", default=",".join(WAYS), help="in the order in which they run")
     parser.add_argument("--write", type=Path)
     args = parser.parse_args(argv)
     batches = [int(n) for n in args.batches.split(",")]
@@ -94,7 +96,7 @@ def _measure(
     port = _port(model, folder, SIZES[args.size])
     found: dict[str, dict[int, list[float]] | str] = {}
     with live_for(port) as live:
-        for way in WAYS:
+        for way in args.ways.split(","):
             result = live.run(
                 "tokens_per_second",
                 timeout=START_SECONDS + (60.0 + args.seconds) * len(batches),
@@ -150,7 +152,7 @@ def _table(
     heads = [f"batch {batch} | port / way" for batch in batches]
     lines = ["", f"## {model}", "", f"| way | {' | '.join(heads)} |"]
     lines.append("|---" * (1 + 2 * len(batches)) + "|")
-    own = rates["port"]
+    own = rates.get("port", "not measured")
     for way, found in rates.items():
         cells = [way.replace("_", " ")]
         for batch in batches:

@@ -1,48 +1,34 @@
 """Adopt vLLM's own model classes and check them: what fails is a real deviation or a false alarm.
 
-    python benchmarks/native_classes.py [--only ARCH[,ARCH]] [--results FILE.jsonl]
+    python benchmarks/native_classes.py [--only ARCH[,ARCH]] [--results FILE.jsonl] [--again]
                                         [--write docs/native-classes.md]
 
 Each in-scope architecture that vLLM has a class of its own for: its file is adopted as a port on
-a tiny hardened random checkpoint, and all checks of steps forward, parallel and weights run on it.
-Rows are kept in a file: a run that is stopped goes on where it was.
+a tiny random checkpoint, and `portkit diagnose` runs all checks that apply. First on a hardened
+checkpoint, which sets switches, caps and factors that a class may never have supported; if a check
+fails there, once more with those options at the config class's defaults. native_findings.toml
+says, for each class that fails, what a person found when looking into it. Rows are kept in a file:
+a run that is stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from measure import machine
+from native_table import HARD, USUAL, NativeRow, Trial, document, explanations, keep, kept, one_line
 
 from portkit.adopt import adopt
 from portkit.architectures import in_scope
-from portkit.checks.runner import run_checks
+from portkit.diagnosis.run import diagnose
 from portkit.errors import PortkitError
 from portkit.live.client import live_for
 
-STEPS = ("forward", "parallel", "weights")
 TIMEOUT = 240.0
-
-
-@dataclass(frozen=True)
-class NativeRow:
-    """What the checks say about one class of vLLM."""
-
-    architecture: str
-    module: str
-    passed: int
-    failed: tuple[tuple[str, str, str], ...]
-    """(check, what, where) of each that failed."""
-    stopped: str
-    """Why it could not be checked at all; "" if it was."""
-    seconds: float
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,99 +36,75 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="architectures, comma separated")
     parser.add_argument("--results", type=Path, default=Path(".portkit/native.jsonl"))
-    parser.add_argument("--write", type=Path, help="put the table into this file")
+    parser.add_argument("--again", action="store_true", help="measure the ones in --only anew")
+    parser.add_argument("--write", type=Path, help="measure nothing, put the table into this file")
     args = parser.parse_args(argv)
-    rows = _kept(args.results)
-    wanted = args.only.split(",") if args.only else list(in_scope())
-    for name in wanted:
-        if name in rows and not args.only:
+    rows = kept(args.results)
+    if args.write:
+        args.write.write_text(document(rows), encoding="utf-8")
+        return 0
+    scope = in_scope()
+    for name in args.only.split(",") if args.only else scope:
+        if name in rows and not args.again:
             continue
-        support = live_for(None).run("native_support", architecture=name)
+        support = live_for(None).run("native_support", architecture=name, locate=True)
         if not support.ok or support.value["answer"] != "native":
             continue
-        rows[name] = row = _measured(name, support.value["module"])
-        args.results.parent.mkdir(parents=True, exist_ok=True)
-        with args.results.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(asdict(row)) + "\n")
-        print(_line(row), flush=True)
-    if args.write:
-        args.write.write_text(_page(rows), encoding="utf-8")
+        row = _measured(name, scope[name], support.value)
+        keep(row, args.results)
+        print(one_line(row), flush=True)
     return 0
 
 
-def _kept(path: Path) -> dict[str, NativeRow]:
-    rows = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        value = json.loads(line)
-        failed = tuple(tuple(f) for f in value["failed"])
-        rows[value["architecture"]] = NativeRow(**{**value, "failed": failed})
-    return rows
-
-
-def _measured(name: str, module: str) -> NativeRow:
+def _measured(name: str, model_type: str, support: dict[str, Any]) -> NativeRow:
     started = time.monotonic()
-    passed, failed, stopped = 0, [], ""
+    module = support["defined_in"] or support["module"]
+    published = explanations().get(name, {}).get("published", {})
+    trials: list[Trial] = []
+    for options in (HARD, USUAL) if support["defined_in"] else ():
+        trial = _tried(name, model_type, module, support["class"], options, published)
+        if not trials or trial.set != trials[0].set:
+            trials.append(trial)
+        if trial.silent:
+            break
+    seconds = round(time.monotonic() - started, 1)
+    return NativeRow(name, module, support.get("why", ""), tuple(trials), seconds)
+
+
+def _tried(
+    name: str, model_type: str, module: str, cls: str, options: str, published: dict[str, Any]
+) -> Trial:
+    """Make the checkpoint, adopt, diagnose."""
     with tempfile.TemporaryDirectory(prefix="portkit-native-") as folder:
         checkpoint = Path(folder) / "checkpoint"
         made = live_for(None).run(
             "random_checkpoint",
             timeout=TIMEOUT,
             architecture=name,
-            model_type=in_scope()[name],
+            model_type=model_type,
             out=str(checkpoint),
+            options=options,
+            set=published,
         )
+        if not made.ok:
+            return Trial(options, (), 0, (), f"no checkpoint: {made.what}")
+        fields = tuple(made.value["set"])
         try:
-            if not made.ok:
-                raise PortkitError(made.what, name, "")
             port = adopt(
-                module, architecture=name, checkpoint=checkpoint, name="native", root=folder
+                module,
+                architecture=name,
+                checkpoint=checkpoint,
+                name="native",
+                cls=cls,
+                root=folder,
             )
             with live_for(port):
-                for step in STEPS:
-                    for verdict in run_checks(port, step):
-                        passed += verdict.status == "passed"
-                        if verdict.status == "failed":
-                            failed.append((verdict.check, verdict.what, verdict.where))
+                verdicts = diagnose(port, trials=False).verdicts
         except PortkitError as error:
-            stopped = error.what
-    seconds = round(time.monotonic() - started, 1)
-    return NativeRow(name, module, passed, tuple(failed), stopped, seconds)
-
-
-def _line(row: NativeRow) -> str:
-    said = row.stopped or "; ".join(f"{check}: {what}" for check, what, _ in row.failed) or "silent"
-    return f"{row.architecture} {row.passed} passed, {said} ({row.seconds:.0f} s)"
-
-
-def _page(rows: dict[str, NativeRow]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in machine().versions)
-    silent = [r for r in rows.values() if not r.failed and not r.stopped]
-    lines = [
-        "# vLLM's own classes, checked",
-        "",
-        "Each class of vLLM for an architecture in scope, adopted as it is on a tiny hardened "
-        "random checkpoint in float32, under all checks of the steps forward, parallel and "
-        "weights. A check that fails is a deviation from Transformers for *some* config or "
-        "adapter, or a kernel that does not take so small a model: a hardened checkpoint sets "
-        "what published ones leave at its default. "
-        "`python benchmarks/native_classes.py --write docs/native-classes.md` makes this page.",
-        "",
-        f"{datetime.now(UTC).date().isoformat()}: {versions}. "
-        f"{len(silent)} of {len(rows)} classes: no check fails.",
-        "",
-        "| architecture | passed | failed: what it says |",
-        "|---|---|---|",
-    ]
-    for row in sorted(rows.values(), key=lambda r: r.architecture.lower()):
-        said = [f"`{check}`: {what}" for check, what, _ in row.failed] or [row.stopped or "nothing"]
-        text = "<br>".join(_short(t) for t in said).replace("|", "\\|")
-        lines.append(f"| {row.architecture} | {row.passed} | {text} |")
-    return "\n".join(lines) + "\n"
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) < 220 else text[:217] + "…"
+            return Trial(options, fields, 0, (), error.what)
+    passed = sum(v.status == "passed" for v in verdicts)
+    failed = tuple((v.check, v.what, v.where) for v in verdicts if v.status == "failed")
+    return Trial(options, fields, passed, failed)
 
 
 if __name__ == "__main__":

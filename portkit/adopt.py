@@ -1,15 +1,16 @@
 """Make a port of a vLLM model file that exists already: by hand, by an assistant, vLLM's own.
 
 The file comes in as it is. Only its relative imports are made absolute, because it moves into the
-port's package, and a class of another name than the checkpoint's architecture gets a subclass of
-that name. The port is at no step in particular: `portkit diagnose` says how it stands. Nothing of
-the file is run, and neither torch nor vLLM is imported.
+port's package, operators that it registers get names of the port's own, and a class of another name
+than the checkpoint's architecture gets a subclass of that name. The port is at no step in
+particular: `portkit diagnose` says how it stands. Nothing of the file is run, and neither torch nor
+vLLM is imported.
 """
 
 from __future__ import annotations
 
 import ast
-import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from portkit.create import new_port
 from portkit.errors import PortkitError
 from portkit.lint.source import parse
 from portkit.port import META, Port
+from portkit.vllm_source import registered_class, vllm_folder, with_own_operators
 
 SECTION = "adopted"
 """Table of port.toml that says where the code comes from; only adopted ports have it."""
@@ -50,13 +52,15 @@ def adopt(
     that the installed Transformers lacks. Raises PortkitError if the file does not parse, lacks the
     class, or imports what is neither beside it nor in vLLM, and as `new_port` does.
     """
-    found = _file(file)
-    source = _read(found)
     wanted = _architecture(architecture, checkpoint, original is not None)
-    moved = _absolute(parse(source, found.name), _Imports.of(found))
-    text = _named(moved.code, wanted, cls, found)
+    registered = cls or registered_class(wanted)
+    found = _file(file, registered or wanted)
+    source = _read(found)
+    called = name or _name_for(found, wanted)
+    moved = _absolute(with_own_operators(parse(source, found.name), called), _Imports.of(found))
+    text, cls = _named(moved.code, wanted, cls, registered, found)
     port = new_port(
-        name or _name_for(found, wanted),
+        called,
         architecture=wanted,
         checkpoint=checkpoint,
         source=original,
@@ -68,7 +72,7 @@ def adopt(
     files: dict[Path | str, str | bytes] = {port.modeling: text}
     for beside in moved.beside:
         files[port.modeling.parent / beside.name] = beside.read_bytes()
-    files[META] = port.meta_with(SECTION, file=str(found), cls=cls or wanted)
+    files[META] = port.meta_with(SECTION, file=str(found), cls=cls)
     port.apply(files, f"adopt {found.name}")
     return port
 
@@ -81,15 +85,17 @@ def adopted(port: Port) -> bool:
 # ---- what was asked for -------------------------------------------------------------------------
 
 
-def _file(given: str | Path) -> Path:
+def _file(given: str | Path, cls: str) -> Path:
     path = Path(given).expanduser().absolute()
     if path.is_file():
         return path
     text = str(given)
     if text.startswith("vllm.") and all(part.isidentifier() for part in text.split(".")):
-        inside = _vllm().joinpath(*text.split(".")[1:]).with_suffix(".py")
-        if inside.is_file():
-            return inside
+        inside = vllm_folder().joinpath(*text.split(".")[1:])
+        if inside.with_suffix(".py").is_file():
+            return inside.with_suffix(".py")
+        if (inside / "__init__.py").is_file():
+            return _in_package(text, inside, cls)
     raise PortkitError(
         f"There is no file {text!r}.",
         "FILE",
@@ -97,15 +103,18 @@ def _file(given: str | Path) -> Path:
     )
 
 
-def _vllm() -> Path:
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or not spec.submodule_search_locations:
-        raise PortkitError(
-            "vLLM is not installed, so its modules cannot be found.",
-            "",
-            "Set the environment up: `make setup` in portkit.",
-        )
-    return Path(next(iter(spec.submodule_search_locations)))
+def _in_package(module: str, folder: Path, cls: str) -> Path:
+    """Return the package's file that defines the class; platforms may have one each."""
+    define = re.compile(rf"^class {re.escape(cls)}\b", re.MULTILINE)
+    files = [f for f in sorted(folder.rglob("*.py")) if define.search(_read(f))]
+    if len(files) == 1:
+        return files[0]
+    names = [".".join((module, *f.relative_to(folder).with_suffix("").parts)) for f in files]
+    raise PortkitError(
+        f"{module} is a package with {len(files) or 'no'} files that define {cls}.",
+        str(folder),
+        f"Say which one: {_list(names)}." if files else "Give the module that defines the class.",
+    )
 
 
 def _read(file: Path) -> str:
@@ -138,15 +147,22 @@ def _name_for(file: Path, architecture: str) -> str:
     return stem if stem.isidentifier() else architecture.removesuffix("ForCausalLM").lower()
 
 
-def _named(text: str, architecture: str, cls: str | None, file: Path) -> str:
-    """Return the text with a class of the architecture's name in it."""
+def _named(
+    text: str, architecture: str, cls: str | None, registered: str, file: Path
+) -> tuple[str, str]:
+    """Return the text with a class of the architecture's name in it, and which of its own that is.
+
+    Without a `cls`, that of the architecture's name, else the one that vLLM registers for it.
+    """
     classes = [n.name for n in ast.parse(text).body if isinstance(n, ast.ClassDef)]
     if cls is not None and cls not in classes:
         raise PortkitError(
             f"{file.name} defines no class {cls}.", str(file), f"It defines {_list(classes)}."
         )
-    if (cls or architecture) == architecture and architecture in classes:
-        return text
+    if cls is None:
+        cls = next((c for c in (architecture, registered) if c in classes), None)
+    if cls == architecture:
+        return text, cls
     if cls is None:
         raise PortkitError(
             f"{file.name} defines no class {architecture}, which the checkpoint asks for.",
@@ -155,7 +171,8 @@ def _named(text: str, architecture: str, cls: str | None, file: Path) -> str:
         )
     return (
         f"{text.rstrip()}\n\n\nclass {architecture}({cls}):\n"
-        f'    """The name that config.json asks for; all of it is {cls}."""\n'
+        f'    """The name that config.json asks for; all of it is {cls}."""\n',
+        cls,
     )
 
 
@@ -200,7 +217,7 @@ class _Imports:
             return "", sibling
         base = list(self.package or VLLM_MODELS)
         parts = base[: len(base) - (level - 1)] + ([p for p in name.split(".") if p])
-        place = _vllm().joinpath(*parts[1:])
+        place = vllm_folder().joinpath(*parts[1:])
         if parts[:1] == ["vllm"] and (place.is_dir() or place.with_suffix(".py").is_file()):
             return ".".join(parts), None
         raise PortkitError(

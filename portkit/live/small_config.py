@@ -65,6 +65,40 @@ def shared_layers(default: Any, sizes: dict[str, int]) -> dict[str, Any]:
     return found
 
 
+def without_options(default: Any, hard: dict[str, Any]) -> dict[str, Any]:
+    """The hard values without those of options: what a config class leaves out, off, or at one.
+
+    What is left are numbers that published checkpoints vary too (an eps, the base of the rotation,
+    a window) and the lists that say which layers there are.
+    """
+    found = {k: v for k, v in hard.items() if not is_option(default, k, v)}
+    rope, given = getattr(default, "rope_parameters", None) or {}, found.get("rope_parameters")
+    if given:
+        found["rope_parameters"] = {
+            k: given[k] if k == "rope_theta" else v for k, v in rope.items()
+        }
+    return found
+
+
+def is_option(default: Any, name: str, value: Any) -> bool:
+    """Whether a field is a switch, a cap or a factor that its class's default leaves off."""
+    usual = getattr(default, name, None)
+    if isinstance(value, (list, dict)):  # kinds of layers are no option, a cap inside is
+        factors = isinstance(value, list) and any(isinstance(v, float) for v in value)
+        return factors or name.endswith("_config")
+    unset = usual in (None, 0, 1, 0.0, 1.0) or isinstance(usual, bool)
+    return name != "num_key_value_heads" and (unset or is_derived(default, name))
+
+
+def is_derived(default: Any, name: str) -> bool:
+    """Whether the class computes a size from others unless it is given (`head_dim`, `n_inner`)."""
+    return (
+        name != "num_key_value_heads"
+        and getattr(type(default), name, name) is None
+        and getattr(default, name, None) is not None
+    )
+
+
 def refused_by_name(error: Exception, sizes: dict[str, Any]) -> set[str]:
     """Names of sizes in the message of a config that refuses a value."""
     return {name for name in sizes if re.search(rf"\b{name}\b", str(error))}

@@ -24,6 +24,8 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
 
     "answer" is native, removed, backend (listed as served by Transformers' class), plugin or
     unknown (which vLLM tries to serve through the Transformers backend as well).
+    args: "locate", True to import a native class and say in which module it is defined here
+    ("defined_in", "" with "why" if it cannot be imported on this platform), and as what ("class").
     """
     name = request.args["architecture"]
     found: dict[str, Any] = {"answer": "unknown", "version": vllm.__version__, "module": ""}
@@ -31,8 +33,9 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
         if name in getattr(registry, table):
             module, cls = getattr(registry, table)[name][:2]
             found |= {"answer": "native", "table": table, "class": cls}
-            found["module"] = f"vllm.model_executor.models.{module}"
-            return found
+            inside = module.startswith("vllm.")
+            found["module"] = module if inside else f"vllm.model_executor.models.{module}"
+            return found | (_located(name) if request.args.get("locate") else {})
     if name in getattr(registry, BACKEND):
         return found | {
             "answer": "backend",
@@ -44,3 +47,12 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     if name in registry._PREVIOUSLY_SUPPORTED_MODELS:
         return found | {"answer": "removed", "last": registry._PREVIOUSLY_SUPPORTED_MODELS[name]}
     return found
+
+
+def _located(name: str) -> dict[str, Any]:
+    """Where the class stands: packages pick a file by platform, modules import one of another."""
+    try:
+        cls = vllm.ModelRegistry.models[name].load_model_cls()
+    except Exception as error:
+        return {"defined_in": "", "why": f"{type(error).__name__}: {error}"}
+    return {"defined_in": cls.__module__, "class": cls.__name__}

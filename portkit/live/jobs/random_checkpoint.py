@@ -28,9 +28,11 @@ from portkit.live.job import JobRequest
 from portkit.live.small_config import (
     build,
     inner_sizes,
+    is_derived,
     refused_by_name,
     shared_layers,
     sizes_of,
+    without_options,
     without_ungated_experts,
 )
 
@@ -189,14 +191,17 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
 
     args: "set", config fields with values of one's own; "activations", how large the hidden states
     are ("small", "usual" or "large"); "hard", False for what Transformers initialises, the bad
-    oracle that many tests use.
+    oracle that many tests use; "options", "default" to leave switches, caps and factors at the
+    config class's defaults, as published checkpoints mostly do, with weights as hard as ever.
     """
     own, hard = dict(request.args.get("set") or {}), bool(request.args.get("hard", True))
+    usual = request.args.get("options") == "default"
     architecture = str(request.args["architecture"])
     out = Path(str(request.args["out"]))
     cls = getattr(transformers, architecture)
     torch.manual_seed(SEED)
-    model, kept = _smallest_that_works(cls, str(request.args["model_type"]), own, hard, say)
+    model_type = str(request.args["model_type"])
+    model, kept = _smallest_that_works(cls, model_type, own, hard, usual, say)
     size = sum(p.numel() for p in model.parameters())
     if size > MAX_PARAMETERS:
         raise PortkitError(
@@ -218,6 +223,7 @@ def _smallest_that_works(
     model_type: str,
     own: dict[str, Any],
     hardened: bool,
+    usual: bool,
     say: Callable[[str], None],
 ) -> tuple[torch.nn.Module, list[str]]:
     """Return a model that computes, with as many of the wished values as it takes."""
@@ -226,6 +232,9 @@ def _smallest_that_works(
     fields = {k: v for k, v in default.to_dict().items() if v is not None or k in OPTIONAL}
     sizes = sizes_of(default, fields, SIZES)
     hard = _hard_values(default, fields, sizes.get("qk_rope_head_dim", 32)) if hardened else {}
+    if usual:
+        hard = without_options(default, hard)
+        sizes = {k: v for k, v in sizes.items() if not is_derived(default, k)}
     problem: Exception | None = None
     refused: set[str] = set()
     tries = [(dropped, kept) for kept in (True, False) for dropped in _fewer(list(hard))]

@@ -360,6 +360,9 @@ HELIUM = {
             "padded to 512",
         ),
         ({"vocab_size": 2}, 8, ""),
+        ({"mamba_n_groups": 1}, 4, ""),
+        ({"mamba_n_groups": 2}, 2, ""),
+        ({"mamba_n_groups": 2}, 4, "2 groups of its state-space layers"),
     ],
 )
 def test_rank_counts_that_cannot_work(changes: dict[str, int], ranks: int, why: str) -> None:

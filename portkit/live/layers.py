@@ -202,6 +202,7 @@ def prefix_problems(layout: dict[str, Any], tensors: Collection[str]) -> list[Pr
             row["quant"] is None
             and row["kind"] not in ("attention", "embedding", "gate")
             and not _is_tied(path, layout)
+            and not _never_quantised(row)
         ):
             problems.setdefault(
                 (pattern(path), "quant"),
@@ -214,6 +215,15 @@ def prefix_problems(layout: dict[str, Any], tensors: Collection[str]) -> list[Pr
                 ),
             )
     return [*problems.values(), *_packed_problems(layout, rows, tensors)]
+
+
+def _never_quantised(row: Row) -> bool:
+    """A convolution's weight in a linear (it has three dimensions), or a gate of a single row.
+
+    The first is an nn.Conv1d of the original, the second no kernel for quantised weights takes.
+    """
+    shape = row["weights"].get("weight") or ()
+    return len(shape) == 3 or (row["class"] == "ReplicatedLinear" and shape[:1] == [1])
 
 
 def _packed_problems(

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from types import ModuleType
 
 from portkit.errors import PortkitError
 from portkit.port import Port
 
+_imported: dict[str, tuple[int, bytes]] = {}
+"""Port folder -> (process, code) of what that process imported last."""
+
 
 def import_port(port: Port) -> ModuleType:
     """Import the port's modeling module anew and return it; what its code raises passes through.
 
-    Its package is found in the port's folder before anywhere else, so an installed copy of the
-    plugin is never what is tested.
+    Anew for each job: once in a process, unless the code changed, because an operator or a layer
+    that it registers has a name that torch and vLLM take once. Its package is found in the port's
+    folder before anywhere else, so an installed copy of the plugin is never what is tested.
     """
     if not port.modeling.exists():
         raise PortkitError(
@@ -23,6 +28,9 @@ def import_port(port: Port) -> ModuleType:
             "Step 1 brings it: notebook 01_copy, or `portkit draft copy --apply`.",
         )
     package = port.package  # read from port.toml each time; there are thousands of modules
+    state = os.getpid(), port.modeling.read_bytes()
+    if _imported.get(str(port.root)) == state and port.module in sys.modules:
+        return sys.modules[port.module]
     for name in [n for n in sys.modules if n == package or n.startswith(package + ".")]:
         del sys.modules[name]
     root = str(port.root)
@@ -30,7 +38,9 @@ def import_port(port: Port) -> ModuleType:
         sys.path.remove(root)
     sys.path.insert(0, root)
     importlib.invalidate_caches()
-    return importlib.import_module(port.module)
+    module = importlib.import_module(port.module)
+    _imported[str(port.root)] = state
+    return module
 
 
 def port_class(port: Port) -> type:

@@ -1,8 +1,9 @@
 """Which numbers of tensor-parallel ranks a model allows, from its config alone, in words.
 
 What must divide: vLLM gives each rank whole query heads, whole KV heads (or a copy of one), equal
-slices of the MLP, and equal parts of a vocabulary padded to a multiple of 64
-(docs/contributing/model/basic.md, step 3; layers/linear.py; layers/vocab_parallel_embedding.py).
+slices of the MLP, whole groups of a Mamba 2 layer (or a copy of the only one), and equal parts of a
+vocabulary padded to a multiple of 64 (docs/contributing/model/basic.md, step 3; layers/linear.py;
+layers/mamba/mamba_mixer2.py; layers/vocab_parallel_embedding.py).
 Imports neither torch nor vLLM.
 """
 
@@ -13,6 +14,7 @@ from typing import Any
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num")
 INTERMEDIATE = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff")
+GROUPS = ("n_groups", "mamba_n_groups", "mamba_ngroups")
 PADDING = 64
 """DEFAULT_VOCAB_PADDING_SIZE of vLLM's vocab_parallel_embedding.py."""
 
@@ -43,6 +45,12 @@ def refusal(config: dict[str, Any], ranks: int) -> str:
     width = _first(config, INTERMEDIATE)
     if width and width % ranks:
         return f"the MLP's width of {width} (intermediate_size) is not divisible by {ranks}"
+    groups = _first(config, GROUPS)
+    if groups and groups > 1 and groups % ranks:
+        return (
+            f"the {groups} groups of its state-space layers cannot be shared evenly by {ranks} "
+            f"ranks, and only a single one is copied"
+        )
     vocab = config.get("vocab_size")
     if isinstance(vocab, int):
         padded = -(-vocab // PADDING) * PADDING

@@ -61,7 +61,10 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
             rows.append([name, "", "missing", why, line_of(cls)])
             continue
         for argument in arguments:
-            state = "there" if supports_kw(method, argument, allow_var_kwargs=False) else "missing"
+            # Without SupportsPP they are always None: `**kwargs` may swallow them.
+            swallowed = argument == "intermediate_tensors"
+            there = supports_kw(method, argument, allow_var_kwargs=swallowed)
+            state = "there" if there else "missing"
             rows.append([name, argument, state, why, line])
     forward = getattr(cls, "forward", None)
     parameters = inspect.signature(forward).parameters if callable(forward) else {}
@@ -108,7 +111,10 @@ def line_of(thing: Any) -> int:
 
 
 def _own(cls: type) -> set[str]:
-    """Return the names that the class or a base of the same file defines."""
+    """Return the names that the class, a base of the same file or one of vLLM's defines."""
     return {
-        name for base in cls.__mro__ if base.__module__ == cls.__module__ for name in vars(base)
+        name
+        for base in cls.__mro__
+        if base.__module__ == cls.__module__ or base.__module__.startswith("vllm.")
+        for name in vars(base)
     }

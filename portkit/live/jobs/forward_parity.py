@@ -110,9 +110,12 @@ class _Evidence:
         engine = self.engine
         config = engine.llm.llm_engine.vllm_config
         report = getattr(engine.model, "portkit_load_report", None)
-        from vllm.model_executor.layers.attention import Attention
+        from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-        attentions = [(p, m) for p, m in engine.model.named_modules() if isinstance(m, Attention)]
+        # State-space layers and latent attention keep their state in the cache as Attention does.
+        attentions = [
+            (p, m) for p, m in engine.model.named_modules() if isinstance(m, AttentionLayerBase)
+        ]
 
         def answer() -> dict[str, Any]:
             generated = engine.generate([random_ids(self.vocab, 5, seed=5)], 2)[0]

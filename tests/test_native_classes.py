@@ -1,0 +1,111 @@
+"""vLLM's own classes, adopted: what is right in them is no finding, and what is wrong is one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from portkit.adopt import adopt
+from portkit.checks.runner import run_checks
+from portkit.errors import PortkitError
+from portkit.live.client import live_for
+
+MODELS = "vllm.model_executor.models"
+
+
+def verdict(port, step: str, check: str):
+    with live_for(port):
+        return {v.check: v for v in run_checks(port, step, only=[check])}[check]
+
+
+def test_the_class_is_the_one_that_vllm_registers(tmp_path):
+    port = adopt(f"{MODELS}.commandr", architecture="Cohere2ForCausalLM", root=tmp_path)
+    assert "class Cohere2ForCausalLM(CohereForCausalLM):" in port.source
+    assert port.meta["adopted"]["cls"] == "CohereForCausalLM"
+
+
+def test_a_package_is_searched_for_the_class(tmp_path):
+    """Packages have a file for each platform; one that only one file defines is found."""
+    with pytest.raises(PortkitError, match="a package with 2 files that define") as error:
+        adopt("vllm.models.hy_v4", architecture="HYV4ForCausalLM", root=tmp_path)
+    assert "vllm.models.hy_v4.nvidia.model" in error.value.next
+    with pytest.raises(PortkitError, match="a package with no files that define Gemma"):
+        adopt("vllm.models.hy_v4", architecture="GemmaForCausalLM", root=tmp_path)
+    port = adopt("vllm.models.hy_v4.nvidia", architecture="HYV4ForCausalLM", root=tmp_path)
+    assert "from vllm.models.hy_v4.nvidia.moe import" in port.source
+
+
+@pytest.mark.vllm
+def test_an_operator_that_the_file_registers_gets_a_name_of_the_ports_own(tmp_path):
+    """vLLM has registered its own by then, and torch takes a name once."""
+    port = adopt(f"{MODELS}.deepseek_v2", architecture="DeepseekV3ForCausalLM", root=tmp_path)
+    assert 'op_name="min_latency_fused_qkv_a_proj_deepseek_v2"' in port.source
+    assert "torch.ops.vllm.min_latency_fused_qkv_a_proj_deepseek_v2(" in port.source
+    assert verdict(port, "forward", "interface").status == "passed"
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("file", "architecture"),
+    [
+        ("phi3", "Phi3ForCausalLM"),  # its constructor is Llama's
+        ("zamba2", "Zamba2ForCausalLM"),  # its forward takes **kwargs
+    ],
+)
+def test_what_vllm_calls_may_be_inherited_from_vllm(file, architecture, tmp_path):
+    port = adopt(f"{MODELS}.{file}", architecture=architecture, root=tmp_path)
+    found = verdict(port, "forward", "interface")
+    assert found.status == "passed", found.what
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("file", "architecture"),
+    [
+        ("nemotron_h", "NemotronHForCausalLM"),  # its convolution is in a ColumnParallelLinear
+        ("qwen2_moe", "Qwen2MoeForCausalLM"),  # shared_expert_gate has one row
+    ],
+)
+def test_layers_that_nothing_quantises_need_no_quant_config(file, architecture, tmp_path):
+    port = adopt(f"{MODELS}.{file}", architecture=architecture, root=tmp_path)
+    found = verdict(port, "parallel", "prefixes")
+    assert found.status == "passed", found.what
+
+
+@pytest.mark.vllm
+def test_a_layer_registered_by_name_is_imported_once_in_a_process(tmp_path):
+    """The job imports the port to plan the copy, and vLLM once more to run it."""
+    port = adopt(f"{MODELS}.nemotron", architecture="NemotronForCausalLM", root=tmp_path)
+    assert 'CustomOp.register("nemotron_layer_norm")' in port.source
+    with live_for(port) as live:
+        job = live.run("quantised", timeout=240.0, loader="port")
+    assert job.ok, job.what
+
+
+@pytest.mark.vllm
+def test_a_model_without_attention_keeps_its_state_in_the_cache(tmp_path):
+    port = adopt(f"{MODELS}.mamba2", architecture="Mamba2ForCausalLM", root=tmp_path)
+    found = verdict(port, "forward", "starts")
+    assert found.status == "passed", found.what
+
+
+def test_options_stay_at_their_defaults_if_asked(tmp_path: Path) -> None:
+    """The sizes are small, the weights hard; what the config class leaves off stays off."""
+    configs = {}
+    for options in ("hard", "default"):
+        done = live_for(None).run(
+            "random_checkpoint",
+            architecture="FalconForCausalLM",
+            model_type="falcon",
+            out=str(tmp_path / options),
+            options=options,
+        )
+        assert done.ok, done.what
+        configs[options] = json.loads((tmp_path / options / "config.json").read_text())
+    hard, usual = configs["hard"], configs["default"]
+    assert usual["hidden_size"] == hard["hidden_size"] == 128
+    assert usual["layer_norm_epsilon"] == hard["layer_norm_epsilon"] == 0.01
+    # Computed from the hidden size unless it is given: vLLM's class knows no other width.
+    assert (hard["ffn_hidden_size"], usual["ffn_hidden_size"]) == (192, 512)

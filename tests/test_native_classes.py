@@ -11,6 +11,7 @@ from portkit.adopt import adopt
 from portkit.checks.runner import run_checks
 from portkit.errors import PortkitError
 from portkit.live.client import live_for
+from portkit.live.loads import refused_heads
 
 MODELS = "vllm.model_executor.models"
 
@@ -109,3 +110,30 @@ def test_options_stay_at_their_defaults_if_asked(tmp_path: Path) -> None:
     assert usual["layer_norm_epsilon"] == hard["layer_norm_epsilon"] == 0.01
     # Computed from the hidden size unless it is given: vLLM's class knows no other width.
     assert (hard["ffn_hidden_size"], usual["ffn_hidden_size"]) == (192, 512)
+
+
+@pytest.mark.vllm
+def test_a_class_that_is_compiled_as_a_whole_is_watched_too(tmp_path):
+    """Its own __call__ runs no hooks of torch."""
+    port = adopt(f"{MODELS}.ernie45", architecture="Ernie4_5ForCausalLM", root=tmp_path)
+    assert "@support_torch_compile" in port.source
+    found = verdict(port, "forward", "inputs_embeds")
+    assert found.status == "passed", found.what
+
+
+@pytest.mark.vllm
+def test_a_bare_assertion_is_told_with_its_line(tmp_path):
+    """GPT-2's class asserts that an option is off, which the hardened checkpoint switches on."""
+    port = adopt(f"{MODELS}.gpt2", architecture="GPT2LMHeadModel", root=tmp_path)
+    with live_for(port) as live:
+        job = live.run("layout")
+    assert "modeling_gpt2.py" in job.what and "assert not config." in job.what
+
+
+@pytest.mark.vllm
+def test_a_constructor_that_refuses_a_tied_head_is_a_limit_in_words(tmp_path):
+    port = adopt(f"{MODELS}.dbrx", architecture="DbrxForCausalLM", root=tmp_path)
+    with live_for(port) as live:
+        job = live.run("coverage")
+    assert job.ok, job.what
+    assert "tie_word_embeddings is not supported" in refused_heads(job.value["tied"])["tied"]

@@ -162,6 +162,9 @@ def _line(error: BaseException) -> str:
         return f"SystemExit: sys.exit({error.code!r}) was called"
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg}"
+    if isinstance(error, AssertionError) and not str(error) and error.__traceback__:
+        frame = traceback.extract_tb(error.__traceback__)[-1]  # bare, the word says nothing
+        return f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}: {frame.line}"
     lines = "".join(traceback.format_exception_only(type(error), error)).strip().splitlines()
     return "\n".join(lines[:LINES]) + (" … (the rest is in the log)" if len(lines) > LINES else "")
 

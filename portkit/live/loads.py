@@ -231,7 +231,7 @@ def nan_rows(found: dict[str, Any]) -> list[tuple[str, int, int, str]]:
 
 
 def refused_heads(tied: dict[str, Any]) -> dict[str, str]:
-    """Return the variants that load_weights refuses by naming the head, and its words.
+    """Return the variants that the constructor refuses, or load_weights by naming the head: words.
 
     A limit and no fault, unless it is the port's own checkpoint: nobody computes with less.
     """
@@ -240,7 +240,9 @@ def refused_heads(tied: dict[str, Any]) -> dict[str, str]:
     return {
         name: variant["error"]["what"]
         for name, variant in tied["variants"].items()
-        if variant["error"] and name != own and f"'{attr}'" in variant["error"]["what"]
+        if variant["error"]
+        and name != own
+        and (variant.get("refused") or f"'{attr}'" in variant["error"]["what"])
     }
 
 

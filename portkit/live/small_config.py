@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+NO_OPTIONS = ("num_key_value_heads", "rope_theta")
+"""Fields that published checkpoints set, whatever the class's default."""
 LAYER_TYPES = ("sliding_attention", "full_attention")
 
 
@@ -83,17 +85,16 @@ def without_options(default: Any, hard: dict[str, Any]) -> dict[str, Any]:
 def is_option(default: Any, name: str, value: Any) -> bool:
     """Whether a field is a switch, a cap or a factor that its class's default leaves off."""
     usual = getattr(default, name, None)
-    if isinstance(value, (list, dict)):  # kinds of layers are no option, a cap inside is
-        factors = isinstance(value, list) and any(isinstance(v, float) for v in value)
-        return factors or name.endswith("_config")
+    if isinstance(value, (list, dict)):  # kinds of layers and configs inside are no options
+        return isinstance(value, list) and any(isinstance(v, float) for v in value)
     unset = usual in (None, 0, 1, 0.0, 1.0) or isinstance(usual, bool)
-    return name != "num_key_value_heads" and (unset or is_derived(default, name))
+    return name not in NO_OPTIONS and (unset or is_derived(default, name))
 
 
 def is_derived(default: Any, name: str) -> bool:
     """Whether the class computes a size from others unless it is given (`head_dim`, `n_inner`)."""
     return (
-        name != "num_key_value_heads"
+        name not in NO_OPTIONS
         and getattr(type(default), name, name) is None
         and getattr(default, name, None) is not None
     )

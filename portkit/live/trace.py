@@ -10,7 +10,7 @@ inputs in place. One process, one rank.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,7 +138,7 @@ def trace_port(
     captures = Captures()
     parts: dict[Key, list[torch.Tensor]] = {}
     places = _Places(engine, which)
-    handles = [engine.model.register_forward_pre_hook(places.enter, with_kwargs=True)]
+    handles: list[Any] = [BeforeForward(engine.model, places.enter)]
     for path, module in _every_path(engine.model):
         handles += _hook_port_module(path, module, parts, places)
     try:
@@ -152,6 +152,27 @@ def trace_port(
         path: torch.cat(chunks).tolist() for path, chunks in places.rotary.items()
     }
     return captures, generated[which].tokens
+
+
+class BeforeForward:
+    """Have `watch` called before each forward of a module, until `remove`.
+
+    No hook: a class under @support_torch_compile has a `__call__` of its own, which runs none.
+    """
+
+    def __init__(
+        self, module: nn.Module, watch: Callable[[nn.Module, Any, dict[str, Any]], None]
+    ) -> None:
+        self.module, forward = module, module.forward
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            watch(module, args, kwargs)
+            return forward(*args, **kwargs)
+
+        module.forward = watched
+
+    def remove(self) -> None:
+        del self.module.forward
 
 
 class _Places:

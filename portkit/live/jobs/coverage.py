@@ -21,6 +21,7 @@ from portkit.errors import PortkitError
 from portkit.live.blueprint import Blueprint, Workbench, workbench
 from portkit.live.checkpoint import Checkpoint, open_checkpoint
 from portkit.live.derived import Head, head_of, tensors_for
+from portkit.live.failure import describe
 from portkit.live.job import JobRequest
 from portkit.live.loading import bad_checkpoints, first_layer, judge, load
 from portkit.live.rank_counts import refusal
@@ -93,7 +94,15 @@ def _heads(bench: Workbench, checkpoint: Checkpoint, head: Head, root: str) -> d
     }
     found: dict[str, Any] = {"head": head.weight, "embedding": head.embedding, "variants": {}}
     for name, (tied, tensors) in variants.items():
-        blueprint = bench.build(tie_word_embeddings=tied)
+        try:
+            blueprint = bench.build(tie_word_embeddings=tied)
+        except Exception as error:  # a class may refuse a tied head, or one of its own
+            found["variants"][name] = {
+                "error": describe(error, root),
+                "refused": True,
+                **NOTHING_LOADED,
+            }
+            continue
         # Values are not at hand for a tensor that the checkpoint lacks.
         done = load(blueprint, [replace(t) for t in tensors], root)
         found["variants"][name] = {
@@ -107,6 +116,11 @@ def _heads(bench: Workbench, checkpoint: Checkpoint, head: Head, root: str) -> d
             ],
         }
     return found
+
+
+NOTHING_LOADED: dict[str, list[str]] = {
+    key: [] for key in ("unwritten", "unconsumed", "twice", "head_from", "embedding_from")
+}
 
 
 def _two_shards(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from portkit.live.locate import place_of
 from portkit.live.parity import Comparison, compare, compare_decode
 from portkit.live.prompts import CELLS, Prompts, noise_prompt, prompts_for, random_ids
 from portkit.live.reference import Reference
+from portkit.live.trace import BeforeForward
 from portkit.port import Port
 
 STAGES = ("prefill", "chunked", "decode", "ragged", "far", "embeds", "influence")
@@ -282,7 +283,7 @@ class _Evidence:
             seen.append((ids is None, kwargs.get("inputs_embeds") is not None))
 
         cases = []
-        handle = self.engine.model.register_forward_pre_hook(watch, with_kwargs=True)
+        handle = BeforeForward(self.engine.model, watch)
         try:
             with self.engine.recorded_schedule() as steps, self.engine.embedding_inputs(True):
                 for ids in self.prompts.short[:3]:

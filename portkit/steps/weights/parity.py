@@ -192,7 +192,7 @@ class TiedHead(_Parity):
                 job=headers,
             )
         limits = "".join(
-            f" Limit: with a head that is {name}, load_weights stops ({what.split('.')[0]})."
+            f" Limit: with a head that is {name}, the port stops ({what.split('.')[0]})."
             for name, what in loads.refused_heads(tied).items()
         )
         variant = "untied" if headers.value["ties"] else "tied"

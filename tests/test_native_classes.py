@@ -113,12 +113,45 @@ def test_options_stay_at_their_defaults_if_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.vllm
+def test_weights_may_be_cut_when_they_are_loaded(tmp_path):
+    """Mamba's mixer asks for the rank in its weight_loaders, not when it is built."""
+    port = adopt(f"{MODELS}.mamba", architecture="MambaForCausalLM", root=tmp_path)
+    with live_for(port) as live:
+        job = live.run("coverage")
+    assert job.ok, job.what
+    assert [rank["error"] for rank in job.value["ranks"]] == [{}, {}]
+
+
+@pytest.mark.vllm
 def test_a_class_that_is_compiled_as_a_whole_is_watched_too(tmp_path):
     """Its own __call__ runs no hooks of torch."""
     port = adopt(f"{MODELS}.ernie45", architecture="Ernie4_5ForCausalLM", root=tmp_path)
     assert "@support_torch_compile" in port.source
     found = verdict(port, "forward", "inputs_embeds")
     assert found.status == "passed", found.what
+
+
+@pytest.mark.vllm
+def test_adapters_beside_experts_are_left_to_a_gpu(tmp_path):
+    """Without adapters the experts have a kernel on a CPU, in a file that the port imports."""
+    out = tmp_path / "checkpoint"
+    name = "GraniteMoeSWAForCausalLM"
+    done = live_for(None).run(
+        "random_checkpoint",
+        architecture=name,
+        model_type="granitemoe_swa",
+        out=str(out),
+        options="default",
+    )
+    assert done.ok, done.what
+    port = adopt(
+        f"{MODELS}.granitemoeshared", architecture=name, checkpoint=out, root=tmp_path / "ports"
+    )
+    assert "FusedMoE" not in port.source
+    with live_for(port) as live:
+        job = live.run("lora", timeout=240.0, loader="port")
+    assert job.ok, job.what
+    assert "nothing" in job.value
 
 
 @pytest.mark.vllm

@@ -93,7 +93,7 @@ class Workbench:
         lines: dict[int, int] = {}
         dtype = config.model_config.dtype
         with (
-            _as_rank(ranks, rank),
+            as_rank(ranks, rank),
             set_default_torch_dtype(dtype),
             EmptyOnMeta(),
             _recorded_lines(str(self.port.modeling), lines),
@@ -189,7 +189,8 @@ class Recorder(QuantizationConfig):
 
 
 @contextmanager
-def _as_rank(ranks: int, rank: int) -> Iterator[None]:
+def as_rank(ranks: int, rank: int) -> Iterator[None]:
+    """Tell vLLM's code that this process is rank `rank` of `ranks`."""
     group = parallel_state.get_tp_group()
     before = group.world_size, group.rank_in_group
     group.world_size, group.rank_in_group = ranks, rank

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from portkit.live.blueprint import Blueprint
+from portkit.live.blueprint import Blueprint, as_rank
 from portkit.live.checkpoint import Checkpoint, TensorInfo
 from portkit.live.coverage import Coverage, Tracer, from_headers
 from portkit.live.failure import describe
@@ -51,7 +51,8 @@ def _load(
     tracer = Tracer(blueprint.model)
     returned, error = None, {}
     try:
-        with tracer:
+        # Some of vLLM's classes ask for the rank only now.
+        with as_rank(blueprint.ranks, blueprint.rank), tracer:
             returned = blueprint.model.load_weights(tracer.watch(stream()))
     except Exception as raised:
         error = describe_load(raised, tracer, root)

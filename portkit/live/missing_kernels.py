@@ -1,7 +1,8 @@
 """Failures that are no mistake of the port: this build of vLLM lacks a kernel of its layers.
 
 vLLM's CPU build has neither its CUDA operators nor Triton, and some of its layers have no other way
-(selective scan, lightning attention), or one that takes bfloat16 alone (gated delta nets).
+(selective scan, lightning attention), or one that takes half precision alone (gated delta nets, on
+processors with AMX latent attention).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 _OPERATOR = re.compile(r"'_OpNamespace' '\w+' object has no attribute '(?P<name>\w+)'")
 _TRITON = re.compile(r"module 'triton\S*' has no attribute '(?P<name>\w+)'")
 _LAUNCH = re.compile(r"(?P<name>\w+)\[[^]]*\]\(")
+_PRECISION = re.compile(r"expect \w+ to be (bfloat16|float16|half)")
 NEXT = "Nothing to mend here: run it where vLLM has this kernel, on a GPU."
 
 
@@ -33,6 +35,8 @@ def missing_kernel(error: BaseException) -> str:
         return f"This build of vLLM has no Triton for the kernel {launched['name']} ({place})"
     if isinstance(error, AssertionError) and "/ops/cpu/" in last.filename:
         return f"The kernel {last.name} of vLLM's CPU build does not take this ({place})"
+    if isinstance(error, RuntimeError) and _PRECISION.search(text):
+        return f"A kernel of this build of vLLM takes no float32 ({place})"
     return ""
 
 

@@ -73,30 +73,29 @@ def without_options(default: Any, hard: dict[str, Any]) -> dict[str, Any]:
     What is left are numbers that published checkpoints vary too (an eps, the base of the rotation,
     a window) and the lists that say which layers there are.
     """
-    found = {k: v for k, v in hard.items() if not is_option(default, k, v)}
-    rope, given = getattr(default, "rope_parameters", None) or {}, found.get("rope_parameters")
-    if given:
-        found["rope_parameters"] = {
-            k: given[k] if k == "rope_theta" else v for k, v in rope.items()
-        }
+    fields = default.to_dict()
+    found = {k: v for k, v in hard.items() if not is_option(default, fields, k, v)}
+    if given := found.get("rope_parameters"):
+        rope = fields.get("rope_parameters") or {}
+        found["rope_parameters"] = {**rope, "rope_theta": given["rope_theta"]}
     return found
 
 
-def is_option(default: Any, name: str, value: Any) -> bool:
+def is_option(default: Any, fields: dict[str, Any], name: str, value: Any) -> bool:
     """Whether a field is a switch, a cap or a factor that its class's default leaves off."""
-    usual = getattr(default, name, None)
+    usual = fields.get(name)
     if isinstance(value, (list, dict)):  # kinds of layers and configs inside are no options
         return isinstance(value, list) and any(isinstance(v, float) for v in value)
     unset = usual in (None, 0, 1, 0.0, 1.0) or isinstance(usual, bool)
-    return name not in NO_OPTIONS and (unset or is_derived(default, name))
+    return name not in NO_OPTIONS and (unset or is_derived(default, fields, name))
 
 
-def is_derived(default: Any, name: str) -> bool:
+def is_derived(default: Any, fields: dict[str, Any], name: str) -> bool:
     """Whether the class computes a size from others unless it is given (`head_dim`, `n_inner`)."""
     return (
         name not in NO_OPTIONS
         and getattr(type(default), name, name) is None
-        and getattr(default, name, None) is not None
+        and fields.get(name) is not None
     )
 
 

@@ -24,7 +24,9 @@ from portkit.live import adapters
 from portkit.live.checkpoint import open_checkpoint
 from portkit.live.device import find_device
 from portkit.live.engine import Engine, start
+from portkit.live.failure import chain
 from portkit.live.job import JobRequest
+from portkit.live.missing_kernels import missing_kernel
 from portkit.live.prompts import prompts_for
 from portkit.live.quantised import logprobs
 from portkit.live.reference import load_model, original_class
@@ -57,8 +59,11 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     say("starting vLLM with LoRA")
     try:
         return _with_engine(port, original, paths, request.args.get("loader", "portkit"), say)
-    except ValueError as error:
-        if REFUSED not in str(error):
+    except Exception as error:
+        # Without adapters the port ran.
+        if kernel := next(filter(None, map(missing_kernel, chain(error))), ""):
+            return {"nothing": kernel}
+        if not isinstance(error, ValueError) or REFUSED not in str(error):
             raise
         return {"nothing": "the class does not say SupportsLoRA, so vLLM takes no adapter for it"}
 

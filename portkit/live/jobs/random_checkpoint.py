@@ -234,7 +234,7 @@ def _smallest_that_works(
     hard = _hard_values(default, fields, sizes.get("qk_rope_head_dim", 32)) if hardened else {}
     if usual:
         hard = without_options(default, hard)
-        sizes = {k: v for k, v in sizes.items() if not is_derived(default, k)}
+        sizes = {k: v for k, v in sizes.items() if not is_derived(default, fields, k)}
     problem: Exception | None = None
     refused: set[str] = set()
     tries = [(dropped, kept) for kept in (True, False) for dropped in _fewer(list(hard))]

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 import pytest
 from seeds import Bench, Edit, edit, words
 
+from portkit.checks.base import CheckContext
 from portkit.create import new_port
 from portkit.live.client import live_for
 from portkit.live.rank_counts import possible, refusal
+from portkit.steps.parallel.quantised import QuantisedRun
 from portkit.steps.parallel.rehearse import rehearse
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
@@ -51,6 +53,9 @@ def test_correct_port_passes_every_check(bench: Bench) -> None:
     assert layers["model.layers.1.mlp.gate_up_proj"] == "CompressedTensorsW8A8Int8"
     assert layers["model.layers.2.mlp.gate_up_proj"] == "unquantised"
     assert layers["model.layers.0.self_attn.o_proj"] == "unquantised"
+    four = {row[0]: row[3] for row in verdicts["quantised_run"].tables[2].rows}
+    assert four["model.layers.1.mlp.gate_up_proj"] == "CompressedTensorsWNA16"
+    assert four["model.layers.2.mlp.gate_up_proj"] == "unquantised"
 
 
 O_PROJ = """        self.o_proj = RowParallelLinear(
@@ -325,6 +330,19 @@ def test_adapters_that_go_astray_are_named(bench: Bench, name: str) -> None:
     assert verdict.status == "failed" and not [t for t in said if t not in words(verdict)], words(
         verdict
     )
+
+
+def test_packed_weights_that_a_cast_spoils_are_caught(bench: Bench) -> None:
+    """Eight bits survive a cast to float32 and back, eight weights of 4 bits in an int32 do not."""
+    Bench(bench.port, "weights").write(
+        edit(
+            "loader.load_weights(weights",
+            "loader.load_weights(((name, weight.float()) for name, weight in weights)",
+        )
+    )
+    verdict = QuantisedRun().run(CheckContext(bench.port, live_for(bench.port), loader="port"))
+    assert verdict.status == "failed"
+    assert "In int4 the log-probabilities differ" in verdict.what
 
 
 def test_adapters_move_the_port_as_they_move_transformers(bench: Bench) -> None:

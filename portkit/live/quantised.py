@@ -1,10 +1,11 @@
 """A quantised copy of a checkpoint, and Transformers computing with the same rounded numbers.
 
-Format: compressed-tensors, 8 bits, one scale per output row for weights, one scale per token for
-activations, found while running. On the CPU int8 (vLLM's oneDNN and AMX kernels), on GPUs from
-compute capability 8.9 on fp8 (e4m3), before that int8. An ignore list leaves some layers as they
-are, among them the parts of a fused one: vLLM finds them only by right prefixes and
-packed_modules_mapping.
+Formats of compressed-tensors. 8 bits, one scale per output row for weights, one scale per token for
+activations, found while running: on the CPU int8 (vLLM's oneDNN and AMX kernels), on GPUs from
+compute capability 8.9 on fp8 (e4m3), before that int8. int4 for weights alone, a scale for each 32
+inputs, eight weights in an int32: on GPUs (vLLM's Machete and Marlin kernels). An ignore list
+leaves some layers as they are, among them the parts of a fused one: vLLM finds them only by right
+prefixes and packed_modules_mapping.
 """
 
 from __future__ import annotations
@@ -20,17 +21,21 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from safetensors.torch import save_file
 from torch import nn
 
 from portkit.live.checkpoint import INDEX, Checkpoint
 from portkit.live.loader import read_tensors
 
-Format = Literal["int8", "fp8"]
-LARGEST = {"int8": 127.0, "fp8": 448.0}
-LARGEST_WEIGHT = {"int8": 63.0, "fp8": 448.0}
+Format = Literal["int8", "fp8", "int4"]
+LARGEST = {"int8": 127.0, "fp8": 448.0, "int4": 7.0}
+LARGEST_WEIGHT = {"int8": 63.0, "fp8": 448.0, "int4": 7.0}
 """Weights stay within 7 bits: on a CPU without VNNI, oneDNN adds pairs of products of an unsigned
 activation and a weight in 16 bits, and 2 * 255 * 127 does not fit there (2 * 255 * 63 does)."""
+GROUP = 32
+"""Inputs that share a scale in int4: the smallest group that vLLM's kernels take, so that a small
+model has several."""
 SHARD = "model.safetensors"
 
 
@@ -47,8 +52,10 @@ class Plan:
     and vLLM's CPU build has no 8-bit kernel for experts."""
 
 
-def format_for(device: str) -> Format:
-    """Return what vLLM can run on this device ("cpu" or "cuda")."""
+def format_for(device: str, bits: int = 8) -> Format:
+    """Return what vLLM can run on this device ("cpu" or "cuda") in 8 or 4 bits."""
+    if bits == 4:
+        return "int4"
     if device == "cpu":
         return "int8"
     from vllm.platforms import current_platform
@@ -56,23 +63,26 @@ def format_for(device: str) -> Format:
     return "fp8" if current_platform.has_device_capability(89) else "int8"
 
 
-def plan(original: nn.Module, tensors: Collection[str], packed: dict[str, list[str]]) -> Plan:
+def plan(
+    original: nn.Module, tensors: Collection[str], packed: dict[str, list[str]], format: Format
+) -> Plan:
     """Choose the layers: all linears but the head, a fused group of the last, one of the first.
 
     `original` is Transformers' model (it may be on the meta device), `packed` the port's
     packed_modules_mapping. A plan without `quantised` means that there is nothing to quantise.
     """
     head = original.get_output_embeddings()
-    names = [
+    linears = [
         name
         for name, module in original.named_modules()
         if isinstance(module, nn.Linear) and module is not head and f"{name}.weight" in tensors
     ]
+    names = [name for name in linears if format != "int4" or _fits(original, name, packed)]
     heads = [n for n, m in original.named_modules() if m is head and head is not None]
     members = {part for parts in packed.values() for part in parts}
     fused = [n for n in names if n.rpartition(".")[2] in members]
     single = [n for n in names if n.rpartition(".")[2] not in members]
-    left: list[str] = []
+    left = [name for name in linears if name not in names]
     if fused:
         parent, _, attr = fused[-1].rpartition(".")
         group = next(parts for parts in packed.values() if attr in parts)
@@ -88,6 +98,19 @@ def plan(original: nn.Module, tensors: Collection[str], packed: dict[str, list[s
     return Plan(tuple(n for n in names if n not in left), (*left, *heads), tuple(experts))
 
 
+def _fits(original: nn.Module, name: str, packed: dict[str, list[str]]) -> bool:
+    """Whether vLLM's 4-bit kernels take the layer, or the fused one that it is a part of."""
+    parent, _, attr = name.rpartition(".")
+    parts = next((parts for parts in packed.values() if attr in parts), [attr])
+    layers = (getattr(original.get_submodule(parent), part, None) for part in parts)
+    return all(
+        size % GROUP == 0
+        for layer in layers
+        if isinstance(layer, nn.Linear)
+        for size in (layer.in_features, layer.out_features)
+    )
+
+
 def write_copy(source: Checkpoint, target: Path, plan: Plan, format: Format) -> None:
     """Write the quantised copy: its config with a quantization_config, one shard."""
     shutil.rmtree(target, ignore_errors=True)
@@ -96,7 +119,12 @@ def write_copy(source: Checkpoint, target: Path, plan: Plan, format: Format) -> 
     chosen = {f"{name}.weight" for name in plan.quantised}
     for name, tensor in read_tensors(source):
         if name in chosen:
-            tensors[name], tensors[f"{name}_scale"] = quantise(tensor, format)
+            bits, tensors[f"{name}_scale"] = quantise(tensor, format)
+            if format == "int4":
+                tensors[f"{name}_packed"] = pack_to_int32(bits, 4)
+                tensors[f"{name}_shape"] = torch.tensor(bits.shape)
+            else:
+                tensors[name] = bits
         else:
             tensors[name] = tensor.contiguous()
     save_file(tensors, target / SHARD, metadata={"format": "pt"})
@@ -109,34 +137,59 @@ def write_copy(source: Checkpoint, target: Path, plan: Plan, format: Format) -> 
 
 def settings(plan: Plan, format: Format) -> dict[str, Any]:
     """Return the quantization_config of config.json, as compressed-tensors writes it."""
-    kind = {"num_bits": 8, "type": "int" if format == "int8" else "float", "symmetric": True}
+    kind = {
+        "num_bits": 4 if format == "int4" else 8,
+        "type": "float" if format == "fp8" else "int",
+        "symmetric": True,
+        "dynamic": False,
+    }
+    weights = {**kind, "strategy": "channel"}
+    activations: dict[str, Any] | None = {**kind, "strategy": "token", "dynamic": True}
+    if format == "int4":
+        weights, activations = {**kind, "strategy": "group", "group_size": GROUP}, None
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized" if format == "int8" else "float-quantized",
+        "format": {"int8": "int-quantized", "fp8": "float-quantized", "int4": "pack-quantized"}[
+            format
+        ],
         "quantization_status": "compressed",
         # vLLM asks for an expert's linears by name: experts.0.w1.
         "ignore": [*plan.ignored, *(f"re:{re.escape(name)}\\..*" for name in plan.experts)],
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
-                "weights": {**kind, "strategy": "channel", "dynamic": False},
-                "input_activations": {**kind, "strategy": "token", "dynamic": True},
+                "weights": weights,
+                "input_activations": activations,
             }
         },
     }
 
 
 def quantise(weight: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (8-bit weight [out, in], float32 scale [out, 1])."""
-    weight = weight.float()
-    scale = (weight.abs().amax(dim=1, keepdim=True) / LARGEST_WEIGHT[format]).clamp_min(1e-12)
-    return _to_bits(weight / scale, format), scale
+    """Return (8-bit weight [out, in], float32 scale [out, 1]).
+
+    int4: int8 [out, in] of -7 to 7, bfloat16 scale [out, in / GROUP].
+    """
+    groups = _groups(weight.float(), format)
+    scale = (groups.abs().amax(dim=-1, keepdim=True) / LARGEST_WEIGHT[format]).clamp_min(1e-12)
+    if format == "int4":
+        # vLLM keeps these scales in the dtype that it runs in; float16 holds these exactly.
+        scale = scale.to(torch.bfloat16).clamp_min(2**-14)
+    bits = _to_bits(groups / scale.float(), format)
+    return bits.reshape(weight.shape), scale.squeeze(-1) if format == "int4" else scale
 
 
 def rounded_weight(weight: torch.Tensor, format: Format) -> torch.Tensor:
     """Return a weight as vLLM computes with it after `quantise`."""
     bits, scale = quantise(weight, format)
-    return bits.to(torch.float32) * scale
+    if format == "int4":
+        scale = scale.unsqueeze(-1)
+    return (_groups(bits.to(torch.float32), format) * scale.float()).reshape(weight.shape)
+
+
+def _groups(values: torch.Tensor, format: Format) -> torch.Tensor:
+    """Return [out, in], or [out, in / GROUP, GROUP] for int4: the last axis has one scale."""
+    return values.reshape(values.shape[0], -1, GROUP) if format == "int4" else values
 
 
 def rounded(values: torch.Tensor, format: Format) -> torch.Tensor:
@@ -147,14 +200,17 @@ def rounded(values: torch.Tensor, format: Format) -> torch.Tensor:
 
 def _to_bits(values: torch.Tensor, format: Format) -> torch.Tensor:
     limit = LARGEST[format]
-    if format == "int8":
+    if format != "fp8":
         return values.round().clamp(-limit, limit).to(torch.int8)
     return values.clamp(-limit, limit).to(torch.float8_e4m3fn)
 
 
 @contextmanager
 def quantised_original(model: nn.Module, plan: Plan, format: Format) -> Iterator[nn.Module]:
-    """Inside the block, Transformers' model computes with rounded weights and activations."""
+    """Inside the block, Transformers' model computes with rounded weights and activations.
+
+    int4 rounds weights alone.
+    """
     hooks = []
     kept: dict[str, torch.Tensor] = {}
 
@@ -165,7 +221,8 @@ def quantised_original(model: nn.Module, plan: Plan, format: Format) -> Iterator
         module = model.get_submodule(name)
         kept[name] = module.weight.data
         module.weight.data = rounded_weight(module.weight.data, format).to(kept[name].dtype)
-        hooks.append(module.register_forward_pre_hook(round_input))
+        if format != "int4":
+            hooks.append(module.register_forward_pre_hook(round_input))
     try:
         yield model
     finally:

@@ -1,6 +1,6 @@
 """Job: run the port on a quantised copy of its checkpoint, beside Transformers rounded alike.
 
-args: "loader", "portkit" (default) or "port".
+args: "loader", "portkit" (default) or "port"; "bits", 8 (default) or 4 (weights alone).
 value: format, ignored, layers [path, class, members, expected, actual], cases [prompt, mean and
 largest difference to Transformers quantised alike, mean difference that quantising makes at all],
 difference, effect (means over all of them), tolerance [part of the effect, reason];
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from torch import nn
+from vllm.config.model import _FLOAT16_NOT_SUPPORTED_MODELS
 from vllm.model_executor.kernels.linear.scaled_mm import cpu as cpu_kernels
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
@@ -24,25 +25,43 @@ from portkit.live.engine import start
 from portkit.live.job import JobRequest
 from portkit.live.portmodule import port_class
 from portkit.live.prompts import prompts_for
-from portkit.live.quantised import Plan, format_for, logprobs, plan, quantised_original, write_copy
+from portkit.live.quantised import (
+    GROUP,
+    Format,
+    Plan,
+    format_for,
+    logprobs,
+    plan,
+    quantised_original,
+    write_copy,
+)
 from portkit.live.reference import load_model, original_class
 from portkit.port import Port
 
 TOLERANCE = {
-    "cpu": (
+    ("int8", "float32"): (
         0.3,
         "both sides round alike, so most prompts agree to 1e-5; but float32 sums in another "
-        "order can "
-        "push an activation over a rounding step, which a single time moves a prompt by a tenth of "
-        "what quantising moves it",
+        "order can push an activation over a rounding step, which a single time moves a prompt by "
+        "a tenth of what quantising moves it",
     ),
-    "cuda": (
+    ("8 bits", "float16"): (
         0.9,
-        "as on the CPU, and vLLM's fp8 kernels answer in float16, so that more activations cross a "
+        "the GPU's 8-bit kernels answer in float16, so that many activations cross a rounding "
         "step: 0.65 was measured on an H200, and 1.1 with one scale of one layer off by half",
     ),
+    ("int4", "float16"): (
+        0.1,
+        "only weights are rounded, on both sides alike; what is left is that vLLM computes in "
+        "float16, a hundredth of what rounding weights to 4 bits changes",
+    ),
+    ("int4", "bfloat16"): (
+        0.5,
+        "only weights are rounded, on both sides alike; what is left is that vLLM computes in "
+        "bfloat16, a fifth of what rounding weights to 4 bits changes",
+    ),
 }
-"""Per device: the largest mean |difference| of log-probabilities, as a part of the effect."""
+"""The largest mean |difference| of log-probabilities, as a part of the effect."""
 
 
 def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
@@ -50,33 +69,40 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     port = Port(Path(request.port_root))
     checkpoint = open_checkpoint(port.checkpoint)
     device = find_device()[0]
-    format = format_for(device)
+    format = format_for(device, request.args.get("bits", 8))
     packed = dict(getattr(port_class(port), "packed_modules_mapping", None) or {})
     original = load_model(original_class(port), checkpoint)
-    chosen = plan(original, set(checkpoint.names), packed)
+    chosen = plan(original, set(checkpoint.names), packed, format)
     if not chosen.quantised:
-        return {"nothing": "the original has no nn.Linear that its checkpoint names"}
+        return {
+            "nothing": "the original has no nn.Linear that its checkpoint names"
+            + (f" and whose sizes divide by {GROUP}" if format == "int4" else "")
+        }
     folder = port.state_dir / "cache" / "quantised"
     say(f"writing an {format} copy of the checkpoint")
     write_copy(checkpoint, folder, chosen, format)
-    options: dict[str, Any] = {}
-    if device == "cpu":
-        # On a CPU with AMX vLLM prefers a kernel that takes no float32; oneDNN's, its choice on
-        # every other CPU, does. A job is a process of its own, so nothing has to be put back.
-        cpu_kernels.check_cpu_sgl_kernel = lambda *_: False
+    for dtype in _dtypes(format, device):
+        options: dict[str, Any] = {"dtype": dtype}
+        if device == "cuda":
+            options["attention_config"] = None  # vLLM may choose its usual attention
+        elif format == "int8":
+            # On a CPU with AMX vLLM prefers a kernel that takes no float32; oneDNN's, its choice on
+            # every other CPU, does. A job is a process of its own: nothing has to be put back.
+            cpu_kernels.check_cpu_sgl_kernel = lambda *_: False
+        say(f"starting vLLM on the {format} copy, in {dtype}")
+        with start(
+            port.root, loader=request.args.get("loader", "portkit"), checkpoint=folder, **options
+        ) as engine:
+            prompts = prompts_for(
+                port, checkpoint, longest=int(engine.llm.llm_engine.model_config.max_model_len)
+            ).short[:4]
+            rows = _layers(engine.model, chosen, packed)
+            ours = engine.prompt_logprobs(prompts)
+        if all(np.isfinite(values).all() for values in ours):
+            break  # else float16's range was too small
     else:
-        # The 8-bit kernels give no float32. Of the two that they give, float16 has three bits more,
-        # so fewer activations cross a rounding step; vLLM may choose its usual attention.
-        options = {"dtype": "float16", "attention_config": None}
-    say(f"starting vLLM on the {format} copy")
-    with start(
-        port.root, loader=request.args.get("loader", "portkit"), checkpoint=folder, **options
-    ) as engine:
-        prompts = prompts_for(
-            port, checkpoint, longest=int(engine.llm.llm_engine.model_config.max_model_len)
-        ).short[:4]
-        rows = _layers(engine.model, chosen, packed)
-        ours = engine.prompt_logprobs(prompts)
+        if device == "cpu" and dtype == "float16":
+            return {"nothing": "in float16, which the kernel wants here, the port gives NaN"}
     cases = []
     plain = [logprobs(original, ids) for ids in prompts]
     with quantised_original(original, chosen, format) as model:
@@ -98,8 +124,27 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
         "cases": cases,
         "difference": float(np.mean([c["mean"] for c in cases])),
         "effect": float(np.mean([c["effect"] for c in cases])),
-        "tolerance": list(TOLERANCE[device]),
+        "tolerance": list(_tolerance(format, dtype)),
     }
+
+
+def _dtypes(format: Format, device: str) -> tuple[str, ...]:
+    """Return the dtypes to try, one after the other, until the port's numbers are finite.
+
+    Neither a GPU's 8-bit kernels nor those of 4 bits give float32. Of the two that they give,
+    float16 has three bits more, so that fewer activations cross a rounding step. On a CPU it is the
+    only one: many lack the instructions that vLLM's CPU build has for bfloat16.
+    """
+    if device == "cpu" and format == "int8":
+        return ("float32",)
+    # vLLM refuses float16 for these, whose published weights leave its range. Whether the weights
+    # at hand do is seen. A job is a process of its own: nothing has to be put back.
+    _FLOAT16_NOT_SUPPORTED_MODELS.clear()
+    return ("float16",) if device == "cpu" else ("float16", "bfloat16")
+
+
+def _tolerance(format: Format, dtype: str) -> tuple[float, str]:
+    return TOLERANCE.get((format, dtype)) or TOLERANCE["8 bits", "float16"]
 
 
 def _layers(model: nn.Module, chosen: Plan, packed: dict[str, list[str]]) -> list[dict[str, Any]]:

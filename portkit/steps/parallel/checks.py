@@ -6,8 +6,6 @@ builds the port's layers without weights, for every number of ranks; `rehearsal`
 
 from __future__ import annotations
 
-from typing import Any
-
 from portkit.analysis.facts import facts_of
 from portkit.checks.base import Check, CheckContext
 from portkit.checks.verdict import Table, Verdict
@@ -17,6 +15,7 @@ from portkit.live.evidence import gather, run_with_a_loader, works_with
 from portkit.live.job import JobResult
 from portkit.steps.parallel.lora import LoraAdapters
 from portkit.steps.parallel.pipeline import RehearsalPp2
+from portkit.steps.parallel.quantised import QuantisedRun
 from portkit.steps.parallel.rehearsals import (
     STEP,
     RehearsalTp1,
@@ -257,129 +256,6 @@ class ImpossibleRanks(Check):
             table,
             job=job,
         )
-
-
-class QuantisedRun(Check):
-    """A quantised copy of the checkpoint runs: the right layers, with the right scales.
-
-    portkit rounds the checkpoint to 8 bits (compressed-tensors, a scale per row, an ignore list
-    with the parts of a fused layer) and compares with Transformers computing with the same
-    rounding. Proves nothing about the quality that a quantised model has.
-    """
-
-    id = "quantised_run"
-    step = STEP
-    title = "A quantised checkpoint runs as its config says"
-    requires = ("rehearsal_tp1",)
-
-    def run(self, context: CheckContext) -> Verdict:
-
-        def start(loader: str) -> JobResult:
-            return context.live.run("quantised", progress=context.progress, loader=loader)
-
-        job = run_with_a_loader(context, start, lambda found: not _quantised_right(found))
-        if not job.ok:
-            return self.failed(
-                f"The quantised copy does not run: {job.what}",
-                where=job.where,
-                next=job.next,
-                log=job.log_tail,
-                job=job,
-                causes=(
-                    "a layer was given no quant_config: its scales have no place to go",
-                    "a prefix is not the module's path: the ignore list misses the layer",
-                    "packed_modules_mapping lacks a fused layer: the ignore list speaks of its "
-                    "parts",
-                ),
-            )
-        found = job.value
-        if "nothing" in found:
-            return self.skipped(f"There is nothing to quantise: {found['nothing']}.", job=job)
-        table = Table(
-            f"Layers of the {found['format']} copy",
-            ("module", "of the checkpoint", "config says", "vLLM runs"),
-            tuple(
-                (
-                    r["path"],
-                    ", ".join(m.rpartition(".")[2] for m in r["members"]),
-                    _says(r),
-                    r["scheme"] or "unquantised",
-                )
-                for r in found["layers"]
-            ),
-            f"ignore: {', '.join(found['ignored'])}",
-        )
-        wrong = [r for r in found["layers"] if r["known"] and r["expected"] != r["actual"]]
-        if wrong:
-            first = wrong[0]
-            says = "quantised" if first["expected"] else "ignored, as it is"
-            return self.failed(
-                f"By the config {first['path']} is {says}, but vLLM runs it "
-                f"{'quantised' if first['actual'] else 'unquantised'} ({len(wrong)} such layers).",
-                table,
-                job=job,
-                where=first["path"],
-                next="The check `prefixes` names the line.",
-                causes=(
-                    "quant_config is not passed to that layer",
-                    "its prefix is not its path",
-                    "packed_modules_mapping does not name its parts",
-                ),
-            )
-        part, reason = found["tolerance"]
-        limit = _limit(found)
-        cases = Table(
-            "Against Transformers, rounded alike",
-            ("prompt", "mean difference", "largest", "what quantising changes (mean)"),
-            tuple(
-                (c["name"], f"{c['mean']:.1e}", f"{c['max']:.1e}", f"{c['effect']:.1e}")
-                for c in found["cases"]
-            ),
-            f"Tolerance: {part:g} of what quantising changes: {reason}.",
-        )
-        # A NaN is no number below the limit either.
-        if not found["difference"] <= limit:
-            return self.failed(
-                f"Quantised, the log-probabilities differ from Transformers quantised alike by "
-                f"{found['difference']:.2g} "
-                f"in the mean; quantising itself changes them by {found['effect']:.2g}.",
-                table,
-                cases,
-                job=job,
-                where=context.port.modeling.name,
-                next="Unquantised the port is right, so look at where scales go: they follow "
-                "their weight's shard.",
-                causes=(
-                    "the scales of a fused layer's parts are swapped (shard ids of q, k, v or "
-                    "gate, up)",
-                    "a weight is loaded without its scale",
-                ),
-            )
-        count = sum(r["actual"] for r in found["layers"])
-        return self.passed(
-            f"{count} of {len(found['layers'])} layers run in {found['format']}, as the config "
-            f"says; the mean difference "
-            f"to Transformers with the same rounding is {found['difference']:.1e} (limit "
-            f"{limit:.1e}).",
-            table,
-            cases,
-            job=job,
-        )
-
-
-def _quantised_right(found: dict[str, Any]) -> bool:
-    return "nothing" in found or found["difference"] <= _limit(found)
-
-
-def _limit(found: dict[str, Any]) -> float:
-    """Return the largest mean difference that rounding alike leaves."""
-    return max(found["tolerance"][0] * found["effect"], 1e-4)
-
-
-def _says(row: dict[str, Any]) -> str:
-    if not row["known"]:
-        return "nothing: not a linear of the original"
-    return "quantised" if row["expected"] else "ignored"
 
 
 CHECKS = (

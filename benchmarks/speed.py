@@ -7,7 +7,10 @@
 For an NVIDIA GPU: bfloat16, torch.compile and CUDA graphs. A checkpoint with random weights is
 written in the model's own configuration at the asked size, the port is drafted, and each way runs
 in a process of its own, one after the other, on that checkpoint; ratios come from one run of this
-script. Llama has a native class in vLLM; Helium has none. On a machine without a GPU the same runs
+script. Beside each rate stands what the GPU computes for one step (all its kernels, by
+torch.profiler): rates hold vLLM's own work on the CPU too, which is the same for every way, is most
+of a step of so small a model, and changes from run to run. Llama has a native class in vLLM; Helium
+has none. On a machine without a GPU the same runs
 eagerly in float32: good for trying the script, not for its numbers.
 """
 
@@ -53,6 +56,8 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 """Llama 3.2's 1.2 billion parameters, and a size to try the script with."""
 START_SECONDS = 280.0
+Rows = dict[int, dict[str, Any]]
+"""Batch → a row of job tokens_per_second: rates, step_ms."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,10 +96,10 @@ def _measure(
     tokens_in: int,
     tokens_out: int,
     args: argparse.Namespace,
-) -> dict[str, dict[int, list[float]] | str]:
-    """Return way → batch → tokens per second of each repeat, or why there are none."""
+) -> dict[str, Rows | str]:
+    """Return way → batch → what the job found, or why there is nothing."""
     port = _port(model, folder, SIZES[args.size])
-    found: dict[str, dict[int, list[float]] | str] = {}
+    found: dict[str, Rows | str] = {}
     with live_for(port) as live:
         for way in args.ways.split(","):
             result = live.run(
@@ -110,7 +115,7 @@ def _measure(
                 kv_cache_gib=24 if args.size != "tiny" else 1,
             )
             if result.ok:
-                found[way] = {row["batch"]: row["rates"] for row in result.value["rows"]}
+                found[way] = {row["batch"]: row for row in result.value["rows"]}
             else:
                 found[way] = result.what
     return found
@@ -140,33 +145,39 @@ def _head(args: argparse.Namespace, tokens_in: int, tokens_out: int) -> list[str
         "",
         f"Generated tokens per second, {tokens_in} tokens in and {tokens_out} out; median (minimum "
         f"to maximum) of the runs that {args.seconds:.0f} s hold after a warm-up, {args.repeats} "
-        f"at least, all in one session; size {args.size}, random weights. "
+        f"at least, all in one session; size {args.size}, random weights. GPU: milliseconds of "
+        f"kernels per step, prompts included; ratios above 1 are the port's favour. "
         f"{here.date}, {here.device}; {versions}. `python benchmarks/speed.py` measures it again.",
     ]
 
 
-def _table(
-    model: str, batches: list[int], rates: dict[str, dict[int, list[float]] | str]
-) -> list[str]:
-    """Return a model's table; the ratio is the port's median over that way's."""
-    heads = [f"batch {batch} | port / way" for batch in batches]
+def _table(model: str, batches: list[int], rates: dict[str, Rows | str]) -> list[str]:
+    """Return a model's table; ratios are of the port's median and kernels to that way's."""
+    heads = [f"batch {batch} | port / way | GPU | way / port" for batch in batches]
     lines = ["", f"## {model}", "", f"| way | {' | '.join(heads)} |"]
-    lines.append("|---" * (1 + 2 * len(batches)) + "|")
+    lines.append("|---" * (1 + 4 * len(batches)) + "|")
     own = rates.get("port", "not measured")
     for way, found in rates.items():
         cells = [way.replace("_", " ")]
         for batch in batches:
             if isinstance(found, str):
-                cells += [found.split(". ")[0].replace("|", "\\|")[:80], ""]
+                cells += [found.split(". ")[0].replace("|", "\\|")[:80], "", "", ""]
                 continue
-            median = statistics.median(found[batch])
-            cells.append(
-                f"{number(median)} ({number(min(found[batch]))}-{number(max(found[batch]))})"
-            )
-            ratio = "" if isinstance(own, str) else f"{statistics.median(own[batch]) / median:.2f}"
-            cells.append(ratio)
+            ours = {} if isinstance(own, str) else own[batch]
+            cells += _cells(found[batch], ours)
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _cells(row: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Return a way's rate, its ratio, its kernels' milliseconds and their ratio."""
+    median = statistics.median(row["rates"])
+    spread = f"({number(min(row['rates']))}-{number(max(row['rates']))})"
+    rate = f"{statistics.median(ours['rates']) / median:.2f}" if ours else ""
+    if row["step_ms"] is None:
+        return [f"{number(median)} {spread}", rate, "", ""]
+    kernels = f"{row['step_ms'] / ours['step_ms']:.2f}" if ours else ""
+    return [f"{number(median)} {spread}", rate, f"{row['step_ms']:.2f} ms", kernels]
 
 
 if __name__ == "__main__":

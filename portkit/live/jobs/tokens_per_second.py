@@ -4,7 +4,9 @@ args: way ("port", "native", "transformers_backend", "transformers"), batches, t
 tokens_out; repeats and seconds, of each batch and both at least; kv_cache_gib, the size of the KV
 cache on a GPU (default: the checks' own).
 Each way runs in a process of its own, one after the other.
-value: rows [{batch, rates}], rates in generated tokens per second; how (dtype, eager, class).
+value: rows [{batch, rates, step_ms}], rates in generated tokens per second; how (dtype, eager,
+class). step_ms: time that the GPU computes for one step of the batch, in milliseconds, prompts
+included: the sum of its kernels in one more run, under torch.profiler; None on a CPU.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from vllm import LLM, ModelRegistry, SamplingParams
 
 from portkit.errors import PortkitError
@@ -56,8 +59,17 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
             began = time.perf_counter()
             made = generate(batch)
             rates.append(made / (time.perf_counter() - began))
-        rows.append({"batch": batch, "rates": rates})
+        busy = _busy(generate, batch) / args["tokens_out"] if cuda else None
+        rows.append({"batch": batch, "rates": rates, "step_ms": busy})
     return {"rows": rows, "how": {**how, "dtype": dtype}}
+
+
+def _busy(generate: Generate, batch: int) -> float:
+    """Return the milliseconds that the GPU's kernels take in one run."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        generate(batch)
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e3
 
 
 def _prompts(checkpoint: Checkpoint, count: int, length: int) -> list[list[int]]:
@@ -110,9 +122,9 @@ def _vllm(
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if eager:
         torch.compiler.set_stance("force_eager")
-    profile = Profile.for_device(find_device()[0]).options
+    options = Profile.for_device(find_device()[0]).options
     memory = {
-        k: profile[k] for k in ("gpu_memory_utilization", "kv_cache_memory_bytes") if k in profile
+        k: options[k] for k in ("gpu_memory_utilization", "kv_cache_memory_bytes") if k in options
     }
     if memory and "kv_cache_gib" in args:
         memory["kv_cache_memory_bytes"] = int(args["kv_cache_gib"]) << 30

@@ -242,10 +242,12 @@ def _live_locals(body: list[edit.Statement]) -> tuple[list[edit.Statement], bool
 
 
 def _makes_module(value: cst.BaseExpression, classes: set[str]) -> bool:
-    """Does the value create a submodule, parameter or buffer?"""
+    """Does the value create a submodule, a parameter or a buffer that checkpoints have?"""
     for call in edit.find(value, lambda n: isinstance(n, cst.Call)):
         name = edit.code(call.func)
         if name in ("nn.Dropout", "torch.nn.Dropout"):
+            continue
+        if name in ("nn.Buffer", "torch.nn.Buffer") and "persistent=False" in edit.flat(call):
             continue
         short = name.rsplit(".", 1)[-1]
         if name in classes or name.startswith("nn.") or short[:1].isupper() or short == "get_rope":

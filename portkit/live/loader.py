@@ -127,6 +127,7 @@ def load(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
             find_target(model, parameters, name)
             or find_target(model, parameters, own)
             or _renamed(model, parameters, name)
+            or _renamed(model, parameters, own)
         )
         place = None if target else _placed(experts, parameters, own, tensor, name)
         if target is None and place is None:

@@ -136,9 +136,14 @@ def coverage_problems(found: dict[str, Any], source: str) -> list[Problem]:
 
 
 def _truly_unconsumed(found: dict[str, Any]) -> list[str]:
-    """A stored copy of a tied head may go nowhere."""
+    """A stored copy of a tied head may go nowhere, and what Transformers ignores as well."""
     copy = (found.get("tied") or {}).get("head") if found["ties"] else None
-    return [name for name in found["whole"]["unconsumed"] if name != copy]
+    return [n for n in found["whole"]["unconsumed"] if n != copy and n not in found["ignored"]]
+
+
+def left_out(found: dict[str, Any]) -> list[str]:
+    """Return the tensors that went nowhere and that Transformers ignores as well."""
+    return [name for name in found["whole"]["unconsumed"] if name in found["ignored"]]
 
 
 def _groups(names: Iterable[str]) -> list[list[str]]:
@@ -321,8 +326,27 @@ def stopped(error: dict[str, Any]) -> str:
     return f"load_weights stopped{at}: {error['what']}"
 
 
-def advice_on(what: str) -> str:
-    """Return what helps against an error that load_weights, or vLLM after it, raised."""
+def said_left_out(left: list[str]) -> str:
+    """Say how many tensors Transformers ignores too, for the end of a verdict; "" for none."""
+    if not left:
+        return ""
+    more = " and others" if left[1:] else ""
+    return (
+        f" {len(left)} more went nowhere, as in Transformers, which ignores them: {left[0]}{more}."
+    )
+
+
+def advice_on(what: str, tensor: str = "", ignored: Iterable[str] = ()) -> str:
+    """Return what helps against an error that load_weights, or vLLM after it, raised.
+
+    `tensor` is the one it was at, `ignored` those that Transformers ignores.
+    """
+    if tensor.partition(" ")[0] in ignored:
+        return (
+            f"Transformers ignores {tensor.partition(' ')[0]}: leave it out too, by a mapper with "
+            "None in its place (orig_to_new_prefix, _substr) or, where only this checkpoint has "
+            "too much, by AutoWeightsLoader(self, ignore_unexpected_prefixes=[...])."
+        )
     if match := re.search(r"no module or parameter named '([^']+)'", what):
         return (
             f"Map {match[1]!r} to a name that the port has (orig_to_new_prefix, _substr or "

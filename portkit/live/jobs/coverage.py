@@ -1,7 +1,8 @@
 """Job: follow every tensor of the checkpoint through the port's load_weights, from headers alone.
 
 value: whole (one rank: coverage.Coverage), ranks (2 ranks: each its coverage), lines (parameter ->
-line of the port that made its module), tied (per variant of the head: coverage and what is wrong),
+line of the port that made its module), ignored
+(tensors that Transformers ignores too), tied (per variant of the head: coverage and what is wrong),
 ties (the config's word on it),
 bad (per bad checkpoint: what the port did, what the audit saw), file.
 """
@@ -22,6 +23,7 @@ from portkit.live.blueprint import Blueprint, Workbench, workbench
 from portkit.live.checkpoint import Checkpoint, open_checkpoint
 from portkit.live.derived import Head, head_of, tensors_for
 from portkit.live.failure import describe
+from portkit.live.ignored import ignored_by
 from portkit.live.job import JobRequest
 from portkit.live.loading import bad_checkpoints, first_layer, judge, load
 from portkit.live.rank_counts import refusal
@@ -45,8 +47,11 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
             )
         say(f"following {len(checkpoint.tensors)} tensors through load_weights")
         whole = load(blueprint, checkpoint.tensors, root, checkpoint)
+        original = original_class(port)
+        ignored = ignored_by(original, checkpoint)
         value: dict[str, Any] = {
             "file": port.modeling.name,
+            "ignored": list(ignored),
             "whole": whole.to_dict(),
             "lines": lines(blueprint),
             "ranks": [],
@@ -60,12 +65,12 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
                 for rank in (0, 1)
             ]
         say("loading checkpoints with tied and untied heads")
-        head = head_of(original_class(port), checkpoint)
+        head = head_of(original, checkpoint)
         heads = _heads(bench, checkpoint, head, root) if head else {}
         value["tied"] = heads and {**heads, "ties": value["ties"]}
         if not whole.error:
             say("loading checkpoints with one thing wrong")
-            some = first_layer(checkpoint.tensors)
+            some = first_layer(t for t in checkpoint.tensors if t.name not in ignored)
             sound = load(blueprint, some, root, checkpoint)
             value["bad"] = [
                 judge(bad, load(blueprint, bad.tensors, root), sound)

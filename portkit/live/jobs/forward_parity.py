@@ -18,6 +18,7 @@ import torch
 from portkit.live import engine as live_engine
 from portkit.live.engine import Engine, Generated, Prompt
 from portkit.live.failure import describe
+from portkit.live.ignored import ignored_by
 from portkit.live.job import JobRequest
 from portkit.live.locate import place_of
 from portkit.live.parity import Comparison, compare, compare_decode
@@ -111,6 +112,9 @@ class _Evidence:
         engine = self.engine
         config = engine.llm.llm_engine.vllm_config
         report = getattr(engine.model, "portkit_load_report", None)
+        left = dict(report.left_over) if report else {}
+        ignored = ignored_by(self.reference.model_class, engine.checkpoint, left) if left else ()
+        left = {name: shape for name, shape in left.items() if name not in ignored}
         from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
         # State-space layers and latent attention keep their state in the cache as Attention does.
@@ -137,8 +141,9 @@ class _Evidence:
             "blocks": config.cache_config.num_gpu_blocks,
             "max_model_len": self.longest,
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
-            "load": report.to_dict() if report else {},
-            "left_over_at": self._made_at(next(iter(report.left_over), "")) if report else "",
+            "load": {**report.to_dict(), "left_over": left} if report else {},
+            "ignored": list(ignored),
+            "left_over_at": self._made_at(next(iter(left), "")),
             **self._guarded(answer),
         }
 

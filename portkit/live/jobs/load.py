@@ -10,7 +10,7 @@ tensor), nan_case (one tensor with a NaN).
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from portkit.live.derived import head_of, write_variant
 from portkit.live.device import find_device
 from portkit.live.engine import start
 from portkit.live.failure import describe
+from portkit.live.ignored import ignored_by
 from portkit.live.job import JobRequest
 from portkit.live.jobs.rehearsal import compare_with_reference, diverges_at
 from portkit.live.loading import describe_load
@@ -51,7 +52,7 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     say("loading real shards with the port's own load_weights")
     try:
         with (
-            _audited(value, checkpoint, str(port.root)),
+            _audited(value, checkpoint, port),
             start(port.root, loader="port", checkpoint=checkpoint.root) as engine,
         ):
             say("comparing with Transformers")
@@ -97,12 +98,13 @@ def _layer(tensor: TensorInfo) -> str:
 
 
 @contextmanager
-def _audited(value: dict[str, Any], checkpoint: Checkpoint, root: str) -> Iterator[None]:
+def _audited(value: dict[str, Any], checkpoint: Checkpoint, port: Port) -> Iterator[None]:
     """Inside the block, vLLM's loader poisons the model first and notes what happens in `value`."""
     original = DefaultModelLoader.load_weights
+    ignored = ignored_by(original_class(port), checkpoint)
 
     def audited(self: DefaultModelLoader, model: nn.Module, model_config: Any) -> None:
-        value["nan_case"] = _nan_case(self, model, model_config)
+        value["nan_case"] = _nan_case(self, model, model_config, ignored)
         poison(model)
         tracer = Tracer(model)
         stream, own = self.get_all_weights, model.load_weights
@@ -134,7 +136,10 @@ def _audited(value: dict[str, Any], checkpoint: Checkpoint, root: str) -> Iterat
             peak=peak.bytes, held=tracer.held_peak, held_then=tracer.held_then[:8], how=peak.how
         )
         if error is not None:
-            value["error"] = {**describe_load(error, tracer, root), "vllm": bool(returned)}
+            value["error"] = {
+                **describe_load(error, tracer, str(port.root)),
+                "vllm": bool(returned),
+            }
             raise error
 
     DefaultModelLoader.load_weights = audited
@@ -162,13 +167,15 @@ def nans(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def _nan_case(loader: DefaultModelLoader, model: nn.Module, model_config: Any) -> dict[str, Any]:
+def _nan_case(
+    loader: DefaultModelLoader, model: nn.Module, model_config: Any, ignored: Collection[str]
+) -> dict[str, Any]:
     """Give load_weights one tensor with a NaN: does anything raise, and does `nans` see it?"""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data.zero_()
     for name, tensor in loader.get_all_weights(model_config, model):
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or name in ignored:
             continue
         bad = tensor.clone()
         bad.view(-1)[0] = float("nan")

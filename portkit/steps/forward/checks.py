@@ -7,6 +7,7 @@ from typing import Any
 from portkit.checks.base import Check, CheckContext
 from portkit.checks.verdict import Table, Verdict
 from portkit.live.job import JobResult
+from portkit.live.loads import said_left_out
 from portkit.steps.forward.config_fields import ConfigFields
 from portkit.steps.forward.parity import STEP, Parity, evidence
 from portkit.steps.forward.used_parameters import UsedParameters
@@ -155,7 +156,8 @@ class Starts(Parity):
         return self.passed(
             f"vLLM runs {found['class']} in its {found['runner']}, {found['attention_layers']} "
             f"attention layers on "
-            f"a paged KV cache ({found['attention_backend']}).",
+            f"a paged KV cache ({found['attention_backend']})."
+            f"{said_left_out(found['ignored'])}",
             table,
             job=job,
         )

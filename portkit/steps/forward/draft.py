@@ -10,6 +10,7 @@ import libcst as cst
 
 from portkit.analysis.classes import call_name, view_module
 from portkit.analysis.facts import facts_of
+from portkit.analysis.ignored import Ignored, ignored_patterns
 from portkit.draft import source_draft
 from portkit.draft.blocker import Blocker
 from portkit.draft.finish import finish
@@ -25,6 +26,7 @@ from portkit.draft.transforms.forward_layer import port_layer, port_mlp
 from portkit.draft.transforms.forward_model import port_model
 from portkit.draft.transforms.forward_moe import port_moe
 from portkit.draft.transforms.forward_wrappers import port_wrappers
+from portkit.draft.transforms.ignored_weights import declare_ignored
 from portkit.draft.transforms.layer_list import unroll
 from portkit.draft.transforms.norms import port_norms
 from portkit.draft.transforms.recurrent import drop_buffers_from_outside, refuse_unknown
@@ -40,12 +42,12 @@ def draft_source(source: str, architecture: str) -> Work:
     form = normal_form(cst.parse_module(source), architecture)
     work = Work(form.module, facts_of(form.module.code, architecture))
     try:
-        return _drafted(work, form)
+        return _drafted(work, form, ignored_patterns(view_module(source)))
     except Blocker as blocker:
         raise _in_source(blocker, form.module.code, source) from blocker
 
 
-def _drafted(work: Work, form: NormalForm) -> Work:
+def _drafted(work: Work, form: NormalForm, ignored: tuple[Ignored, ...]) -> Work:
     facts = work.facts
     for cls, blocker in form.lost:
         if facts.layer is not None and cls in _attentions(work):
@@ -74,6 +76,9 @@ def _drafted(work: Work, form: NormalForm) -> Work:
     work.warnings += form.notes
     port_norms(work)
     work.module = cst.parse_module(finish(work))
+    if ignored:
+        declare_ignored(work, ignored)
+        work.module = cst.parse_module(finish(work))
     return work
 
 

@@ -77,10 +77,11 @@ class CoverageCheck(Check):
             )
         whole = found["whole"]
         ranks = " on one rank and on each of two" if found["ranks"] else ""
+        left = loads.left_out(found)
         return self.passed(
-            f"All {len(whole['tensors'])} tensors went somewhere, once and whole; all "
+            f"All {len(whole['tensors']) - len(left)} tensors went somewhere, once and whole; all "
             f"{sum(f['required'] for f in whole['parameters'].values())} parameters were "
-            f"filled{ranks}.",
+            f"filled{ranks}.{loads.said_left_out(left)}",
             table,
             job=job,
         )
@@ -90,7 +91,7 @@ class CoverageCheck(Check):
         return self.failed(
             loads.stopped(error),
             where=error["where"] or line_of_loading(context.port),
-            next=loads.advice_on(error["what"]),
+            next=loads.advice_on(error["what"], error.get("tensor", ""), found["ignored"]),
             causes=loads.causes_of(error["what"]),
             job=job,
             log=job.log_tail,

@@ -15,15 +15,17 @@ from portkit.analysis.facts import facts_of
 from portkit.draft import edit, source_draft
 from portkit.draft.blocker import Blocker
 from portkit.draft.finish import finish
+from portkit.draft.mapper import mapper_of, with_mapper
 from portkit.draft.outcome import DraftOutcome
 from portkit.draft.serving.linears import TRANSPOSED
+from portkit.draft.transforms.ignored_weights import UNEXPECTED
 from portkit.draft.transforms.weight_names import owners, renames
 from portkit.draft.work import Work, set_members, set_method
 from portkit.port import Port
 
 _LOAD = """
 def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-    loader = AutoWeightsLoader(self)
+    loader = AutoWeightsLoader(self{ignored})
     return loader.load_weights(weights{mapper})
 """
 _LOAD_TRANSPOSED = """
@@ -35,7 +37,7 @@ def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
                 weight = weight.t()
             yield name, weight
 
-    loader = AutoWeightsLoader(self)
+    loader = AutoWeightsLoader(self{ignored})
     return loader.load_weights(transposed(){mapper})
 """
 
@@ -54,23 +56,18 @@ def draft_source(source: str, architecture: str) -> Work:
         )
     cls = work.cls(facts.causal_lm)
     stacked = stacked_mapping(work)
-    old = next((m for m in edit.members(cls) if _mapper(m) is not None), None)
+    old = next((m for m in edit.members(cls) if mapper_of(m) is not None), None)
     plain, patterns = renames(architecture, edit.code(old) if old is not None else "")
     mapper = ""
     if stacked or plain or patterns:
         made = edit.statement(_made_mapper(stacked, plain, patterns))
-        members = edit.members(cls)
-        at = 1 if members and edit.is_docstring(members[0]) else 0
-        if old is None:
-            cls = set_members(cls, [*members[:at], made, *members[at:]])
-        else:
-            both = _with_stacked(old, made)
-            cls = set_members(cls, [both if m is old else m for m in members])
-    if stacked or any(_mapper(m) is not None for m in edit.members(cls)):
+        cls = set_members(cls, with_mapper(edit.members(cls), made))
+    if stacked or any(mapper_of(m) is not None for m in edit.members(cls)):
         mapper = ", mapper=self.hf_to_vllm_mapper"
-    cls = set_method(cls, edit.function(_LOAD.format(mapper=mapper)))
-    if f"{TRANSPOSED} =" in edit.code(cls):
-        cls = set_method(cls, edit.function(_LOAD_TRANSPOSED.format(mapper=mapper)))
+    names = f"{UNEXPECTED} = [" in edit.code(cls)
+    ignored = f", {UNEXPECTED}=self.{UNEXPECTED}" if names else ""
+    load = _LOAD_TRANSPOSED if f"{TRANSPOSED} =" in edit.code(cls) else _LOAD
+    cls = set_method(cls, edit.function(load.format(mapper=mapper, ignored=ignored)))
     work.put(cls)
     work.did.append(
         f"{facts.causal_lm}: load_weights by AutoWeightsLoader"
@@ -82,34 +79,6 @@ def draft_source(source: str, architecture: str) -> Work:
         )
     work.module = cst.parse_module(finish(work))
     return work
-
-
-def _mapper(node: edit.Statement) -> cst.Call | None:
-    pair = edit.assigned(node)
-    if pair and edit.code(pair[0]) == "hf_to_vllm_mapper" and isinstance(pair[1], cst.Call):
-        return pair[1]
-    return None
-
-
-def _with_stacked(old: edit.Statement, made: edit.Statement) -> edit.Statement:
-    """The class's own WeightsMapper (renamed parameters) with the other names as well."""
-    call = _mapper(old)
-    arguments = {a.keyword.value: a for a in call.args}
-    comma = cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
-    for argument in _mapper(made).args:
-        name = argument.keyword.value
-        new = argument.value
-        if name in arguments and isinstance(arguments[name].value, cst.Dict):
-            before = [
-                e.with_changes(comma=comma)
-                for e in arguments[name].value.elements
-                if edit.code(e.key) not in edit.code(new)
-            ]
-            new = new.with_changes(elements=[*before, *new.elements])
-        arguments[name] = argument.with_changes(value=new)
-    every = [a.with_changes(comma=cst.MaybeSentinel.DEFAULT) for a in arguments.values()]
-    both = call.with_changes(args=every)
-    return edit.replace(old, lambda n: both if edit.is_call(n, "WeightsMapper") else None)
 
 
 def _made_mapper(

@@ -32,6 +32,9 @@ class SkipWeightsInMapper(Rule):
     ## Use instead
         mapper = WeightsMapper(orig_to_new_prefix={"lm_head.": None})
 
+    What only may be too much, such as a layer that another checkpoint of the model has, is for
+    `AutoWeightsLoader(self, ignore_unexpected_prefixes=[...])`: it drops what has no module.
+
     ## Fix safety
     None: where the mapper stands differs.
 

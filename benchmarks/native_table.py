@@ -6,19 +6,24 @@ import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from measure import machine
+
 HARD, USUAL = "hard", "default"
 FINDINGS = Path(__file__).with_name("native_findings.toml")
 KINDS = {
-    "silent": "no check fails",
-    "option": "no check fails with options at their defaults; another value is not supported",
-    "finding": "vLLM's class deviates from Transformers, or lacks what vLLM's guide asks for",
-    "false alarm": "portkit is wrong",
-    "not checkable": "it could not be adopted or run here",
-    "unexplained": "fails, and nobody has looked into it",
+    "silent": "No check fails, on the hardened checkpoint.",
+    "option": "With options at their defaults no check fails. The hardened checkpoint, which has "
+    "biases, caps and factors that the config class offers, shows what vLLM's class does not "
+    "support; mostly it starts all the same.",
+    "finding": "vLLM's class deviates from Transformers, or from what vLLM asks of a class.",
+    "not checkable": "It cannot run here, so only what needs no engine was checked.",
+    "false alarm": "portkit is wrong.",
+    "unexplained": "A check fails, and nobody has looked into it.",
 }
 
 
@@ -55,21 +60,33 @@ class NativeRow:
 
     @property
     def kind(self) -> str:
-        """Return which of KINDS it is; a failure is what native_findings.toml says."""
+        """Return which of KINDS it is. Of a failure it is what native_findings.toml says.
+
+        If that speaks of all the checks that fail; one that it does not know is unexplained.
+        """
         if self.trials and self.trials[0].silent:
             return "silent"
-        said = explanations().get(self.architecture, {})
-        if said.get("kind"):
-            return str(said["kind"])
         if self.trials and self.trials[-1].silent:
             return "option"
-        return "unexplained" if self.trials else "not checkable"
+        said = explanations().get(self.architecture, {})
+        failed = {check for check, _, _ in self.trials[-1].failed} if self.trials else set()
+        known = failed <= set(said.get("checks", ())) or said.get("kind") == "not checkable"
+        return str(said["kind"]) if known and "kind" in said else "unexplained"
+
+    @property
+    def says(self) -> str:
+        """Return the person's sentence about it, or what the first failing check says."""
+        said = explanations().get(self.architecture, {})
+        if self.kind in ("finding", "not checkable", "false alarm"):
+            return str(said["says"])
+        trial = next((t for t in self.trials if not t.silent), None)
+        return self.stopped or (_failures(trial) if trial else "")
 
 
 @cache
 def explanations() -> dict[str, dict[str, Any]]:
     """Return what a person found out about each class that fails, by architecture."""
-    return tomllib.loads(FINDINGS.read_text(encoding="utf-8")) if FINDINGS.is_file() else {}
+    return tomllib.loads(FINDINGS.read_text(encoding="utf-8"))
 
 
 def kept(path: Path) -> dict[str, NativeRow]:
@@ -95,7 +112,7 @@ def keep(row: NativeRow, path: Path) -> None:
 def one_line(row: NativeRow) -> str:
     """Say how a row came out."""
     said = [f"[{t.options}] {t.passed} passed, {_failures(t)}" for t in row.trials]
-    return f"{row.architecture}: {' '.join(said) or row.stopped} ({row.seconds:.0f} s)"
+    return f"{row.architecture}: {row.kind}. {' '.join(said) or row.stopped} ({row.seconds:.0f} s)"
 
 
 def _failures(trial: Trial) -> str:
@@ -103,4 +120,61 @@ def _failures(trial: Trial) -> str:
 
 
 def document(rows: Mapping[str, NativeRow]) -> str:
-    return "TODO\n"
+    """Return docs/native-classes.md."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine().versions)
+    by_kind = {k: [r for r in rows.values() if r.kind == k] for k in KINDS}
+    lines = [
+        "# vLLM's own classes, checked",
+        "",
+        "Each class of vLLM for an architecture in scope, adopted as it is (`portkit adopt`) and "
+        "diagnosed (`portkit diagnose`: all checks of the steps forward, parallel and weights, "
+        "weights read by the class's own `load_weights`) on a tiny random checkpoint in float32, "
+        "on a CPU. First a hardened one, which switches on what the config class offers; where a "
+        "check fails there, a second one with options (switches, caps, factors, sizes that are "
+        "computed unless given) at the config class's defaults, the weights as hard as ever. "
+        "`python benchmarks/native_classes.py` measures, `--write docs/native-classes.md` makes "
+        "this page; the sentences of the last two tables are from benchmarks/native_findings.toml: "
+        "what a person found who looked into the failure.",
+        "",
+        f"{datetime.now(UTC).date().isoformat()}: {versions}.",
+        "",
+        "| | classes | what it means |",
+        "|---|---|---|",
+        *(f"| {kind} | {len(by_kind[kind])} | {words} |" for kind, words in KINDS.items()),
+        f"| in all | {len(rows)} | |",
+        "",
+        "## Silent",
+        "",
+        ", ".join(r.architecture for r in by_kind["silent"]) + ".",
+    ]
+    for kind, title in (
+        ("option", "Silent with options at their defaults"),
+        ("finding", "Findings"),
+        ("not checkable", "Not checkable here"),
+        ("false alarm", "False alarms"),
+        ("unexplained", "Unexplained"),
+    ):
+        if by_kind[kind]:
+            lines += ["", f"## {title}", "", *_table(kind, by_kind[kind])]
+    return "\n".join(lines) + "\n"
+
+
+def _table(kind: str, rows: list[NativeRow]) -> list[str]:
+    last = "on the hardened checkpoint" if kind == "option" else "what it is"
+    lines = [f"| architecture | passed | failed | {last} |", "|---|---|---|---|"]
+    for row in rows:
+        trial = row.trials[0 if kind == "option" else -1] if row.trials else None
+        failed = ", ".join(f"`{check}`" for check, _, _ in trial.failed) if trial else ""
+        text = _short(row.says) if kind in ("option", "unexplained") else row.says
+        passed = trial.passed if trial else 0
+        lines.append(f"| {row.architecture} | {passed} | {failed} | {_cell(text)} |")
+    return lines
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) < 260 else text[:257] + "…"

@@ -66,6 +66,8 @@ def test_what_vllm_calls_may_be_inherited_from_vllm(file, architecture, tmp_path
     ("file", "architecture"),
     [
         ("nemotron_h", "NemotronHForCausalLM"),  # its convolution is in a ColumnParallelLinear
+        ("lfm2_moe", "Lfm2MoeForCausalLM"),  # which has another name here than in Transformers
+        ("hrm_text", "HrmTextForCausalLM"),  # a cache for each pass through the same attention
         ("qwen2_moe", "Qwen2MoeForCausalLM"),  # shared_expert_gate has one row
     ],
 )
@@ -80,6 +82,15 @@ def test_a_layer_registered_by_name_is_imported_once_in_a_process(tmp_path):
     """The job imports the port to plan the copy, and vLLM once more to run it."""
     port = adopt(f"{MODELS}.nemotron", architecture="NemotronForCausalLM", root=tmp_path)
     assert 'CustomOp.register("nemotron_layer_norm")' in port.source
+    with live_for(port) as live:
+        job = live.run("quantised", timeout=240.0, loader="port")
+    assert job.ok, job.what
+
+
+@pytest.mark.vllm
+def test_experts_stay_out_of_the_copy_by_the_checkpoints_name(tmp_path):
+    """Mixtral's are in block_sparse_moe there, and in mlp in Transformers' model."""
+    port = adopt(f"{MODELS}.mixtral", architecture="MixtralForCausalLM", root=tmp_path)
     with live_for(port) as live:
         job = live.run("quantised", timeout=240.0, loader="port")
     assert job.ok, job.what
@@ -120,6 +131,27 @@ def test_weights_may_be_cut_when_they_are_loaded(tmp_path):
         job = live.run("coverage")
     assert job.ok, job.what
     assert [rank["error"] for rank in job.value["ranks"]] == [{}, {}]
+    assert not [bad["what"] for bad in job.value["bad"] if bad["duty"]]  # nor is A_log one too many
+
+
+@pytest.mark.vllm
+def test_nobody_has_to_miss_a_buffer(tmp_path):
+    """Apertus' activation keeps constants as buffers, which its checkpoints repeat."""
+    port = adopt(f"{MODELS}.apertus", architecture="ApertusForCausalLM", root=tmp_path)
+    with live_for(port) as live:
+        job = live.run("coverage")
+    assert job.ok, job.what
+    assert not [bad["what"] for bad in job.value["bad"] if bad["duty"]]
+
+
+@pytest.mark.vllm
+def test_fields_that_a_file_beside_reads_are_read(tmp_path):
+    port = adopt("vllm.models.hy_v4.nvidia", architecture="HYV4ForCausalLM", root=tmp_path)
+    assert "hc_magnitude" not in port.source
+    with live_for(port) as live:
+        job = live.run("config_fields")
+    assert job.ok, job.what
+    assert "hc_magnitude" not in {row["name"] for row in job.value["fields"]}
 
 
 @pytest.mark.vllm
@@ -152,6 +184,32 @@ def test_adapters_beside_experts_are_left_to_a_gpu(tmp_path):
         job = live.run("lora", timeout=240.0, loader="port")
     assert job.ok, job.what
     assert "nothing" in job.value
+
+
+@pytest.mark.vllm
+def test_a_norm_that_gets_a_row_for_each_head_is_no_divergence(tmp_path):
+    """Apertus keeps its activation's parameters in bfloat16: that is where the two sides part."""
+    port = adopt(f"{MODELS}.apertus", architecture="ApertusForCausalLM", root=tmp_path)
+    found = verdict(port, "forward", "prefill_parity")
+    assert found.status == "failed" and "mlp.act_fn" in found.what, found.what
+
+
+@pytest.mark.vllm
+def test_the_longest_context_is_what_vllm_makes_of_the_config(tmp_path):
+    """The smallest of several fields: `model_max_length` counts too."""
+    out, name = tmp_path / "checkpoint", "LlamaForCausalLM"
+    done = live_for(None).run(
+        "random_checkpoint",
+        architecture=name,
+        model_type="llama",
+        out=str(out),
+        set={"model_max_length": 256},
+    )
+    assert done.ok, done.what
+    port = adopt(f"{MODELS}.llama", architecture=name, checkpoint=out, root=tmp_path / "ports")
+    with live_for(port) as live:
+        job = live.run("layout")
+    assert job.ok, job.what
 
 
 @pytest.mark.vllm

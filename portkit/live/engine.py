@@ -35,7 +35,11 @@ from portkit.port import Port
 
 Prompt = Sequence[int] | torch.Tensor
 """Token ids, or embeddings of shape [n, hidden size] in the engine's dtype."""
-POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+POSITION_FIELDS = (
+    *("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length"),
+    *("model_max_length", "max_sequence_length", "max_seq_length", "seq_len"),
+)
+"""vLLM takes the smallest of those that a config has (model_arch_config_convertor.py)."""
 """Config fields that say how many positions a model has; older ones have their own names."""
 SMALL = 256 << 20
 """Bytes of weights below which one thread is fastest."""
@@ -290,7 +294,7 @@ def longest(config: dict[str, Any], profile: Profile) -> int:
     Beyond a sliding window or a rotary scaling's original length, if the model has one.
     """
     lengths = [config.get(field) for field in POSITION_FIELDS]
-    positions = next((n for n in lengths if isinstance(n, int) and n > 0), profile.far)
+    positions = min((n for n in lengths if isinstance(n, int) and n > 0), default=profile.far)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     marks = [config.get("sliding_window"), rope.get("original_max_position_embeddings")]
     wanted = max([profile.far, *(int(m) + 128 for m in marks if isinstance(m, int))])

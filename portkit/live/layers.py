@@ -174,6 +174,11 @@ def prefix_problems(layout: dict[str, Any], tensors: Collection[str]) -> list[Pr
         if row["kind"] == "embedding" and not row["prefix"]:
             # As in many of vLLM's own classes: only formats that quantise embeddings would miss it.
             continue
+        if row["kind"] == "attention" and len(re.findall(r"\.\d+(?=\.|$)", path)) > 1:
+            # vLLM tells KV caches apart by the one number in their name: a path has too many.
+            continue
+        if row["quant"] is None and _never_quantised(row):
+            continue
         if row["prefix"] != path and row["kind"] != "head":
             problems.setdefault(
                 (pattern(path), "prefix"),
@@ -202,7 +207,6 @@ def prefix_problems(layout: dict[str, Any], tensors: Collection[str]) -> list[Pr
             row["quant"] is None
             and row["kind"] not in ("attention", "embedding", "gate")
             and not _is_tied(path, layout)
-            and not _never_quantised(row)
         ):
             problems.setdefault(
                 (pattern(path), "quant"),

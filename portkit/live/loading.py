@@ -83,9 +83,12 @@ class Bad:
 def bad_checkpoints(tensors: tuple[TensorInfo, ...], sound: Coverage) -> list[Bad]:
     """Return one bad checkpoint of each kind for each kind of parameter (`sound`: a good load)."""
     cases = []
+    # A buffer keeps what the constructor put there: no loader misses a tensor for it.
+    needed = {s for f in sound.parameters.values() if f.required for s in f.sources}
     for info in _one_of_each(tensors, sound):
         rest = tuple(t for t in tensors if t.name != info.name)
-        cases.append(Bad("missing", f"{info.name} is missing", info.name, rest))
+        if info.name in needed:
+            cases.append(Bad("missing", f"{info.name} is missing", info.name, rest))
         for words, shape in _other_shapes(info):
             other = replace(info, shape=shape)
             wrong = tuple(other if t.name == info.name else t for t in tensors)
@@ -100,7 +103,8 @@ def bad_checkpoints(tensors: tuple[TensorInfo, ...], sound: Coverage) -> list[Ba
     first = next(t for t in tensors if len(t.shape) == 2)
     names = {t.name for t in tensors}
     layer = next((t for t in tensors if len(t.shape) == 2 and ".0." in t.name), first)
-    extra = replace(layer, name=layer.name.replace(".weight", "_extra.weight"))
+    head, dot, last = layer.name.rpartition(".weight")
+    extra = replace(layer, name=f"{head or last}_extra{dot}")
     cases.append(Bad("extra", f"{extra.name} is one too many", extra.name, (*tensors, extra)))
     for info in tensors:
         bias = info.name.removesuffix(".weight") + ".bias"

@@ -15,6 +15,7 @@ _OPERATOR = re.compile(r"'_OpNamespace' '\w+' object has no attribute '(?P<name>
 _TRITON = re.compile(r"module 'triton\S*' has no attribute '(?P<name>\w+)'")
 _LAUNCH = re.compile(r"(?P<name>\w+)\[[^]]*\]\(")
 _PRECISION = re.compile(r"expect \w+ to be (bfloat16|float16|half)")
+_ON_CPU = re.compile(r"/ops/cpu/|/router/cpu_router\.py$")
 NEXT = "Nothing to mend here: run it where vLLM has this kernel, on a GPU."
 
 
@@ -33,7 +34,7 @@ def missing_kernel(error: BaseException) -> str:
     launched = _LAUNCH.search(last.line or "")
     if isinstance(error, TypeError) and "not subscriptable" in text and launched:
         return f"This build of vLLM has no Triton for the kernel {launched['name']} ({place})"
-    if isinstance(error, AssertionError) and "/ops/cpu/" in last.filename:
+    if isinstance(error, AssertionError) and _ON_CPU.search(last.filename):
         return f"The kernel {last.name} of vLLM's CPU build does not take this ({place})"
     if isinstance(error, RuntimeError) and _PRECISION.search(text):
         return f"A kernel of this build of vLLM takes no float32 ({place})"

@@ -36,6 +36,7 @@ activation and a weight in 16 bits, and 2 * 255 * 127 does not fit there (2 * 25
 GROUP = 32
 """Inputs that share a scale in int4: the smallest group that vLLM's kernels take, so that a small
 model has several."""
+EXPERT = re.compile(r"(.+\.experts)\.\d+\.")
 SHARD = "model.safetensors"
 
 
@@ -95,6 +96,9 @@ def plan(
         if any(parameter.dim() > 2 for parameter in module.parameters(recurse=False))
         and not isinstance(module, nn.modules.conv._ConvNd)
     ]
+    if experts:  # the checkpoint, and vLLM with it, may call them otherwise (block_sparse_moe)
+        stored = {match[1] for name in tensors if (match := EXPERT.match(name))}
+        experts += sorted(stored - set(experts))
     return Plan(tuple(n for n in names if n not in left), (*left, *heads), tuple(experts))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-NO_OPTIONS = ("num_key_value_heads", "rope_theta")
+NO_OPTIONS = ("num_key_value_heads", "rope_theta", "attention_multiplier")
 """Fields that published checkpoints set, whatever the class's default."""
 LAYER_TYPES = ("sliding_attention", "full_attention")
 

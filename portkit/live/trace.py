@@ -49,7 +49,7 @@ def trace_original(model: nn.Module, ids: Sequence[int]) -> Captures:
     captures = Captures()
     paths = {id(module): path for path, module in model.named_modules()}
     with (
-        _hooked(model, captures),
+        _hooked(model, captures, len(ids)),
         _traced_attention(model, captures, paths),
         torch.inference_mode(),
     ):
@@ -59,17 +59,17 @@ def trace_original(model: nn.Module, ids: Sequence[int]) -> Captures:
 
 
 @contextmanager
-def _hooked(model: nn.Module, captures: Captures) -> Iterator[None]:
+def _hooked(model: nn.Module, captures: Captures, tokens: int) -> Iterator[None]:
     handles = []
     for path, module in model.named_modules():
         if not path:
             continue
 
         def after(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
-            _keep(captures, (path, "out"), output, batched=True)
+            _keep(captures, (path, "out"), output, tokens)
 
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any], path: str = path) -> None:
-            _keep(captures, (path, "in"), _input(args, kwargs), batched=True)
+            _keep(captures, (path, "in"), _input(args, kwargs), tokens)
 
         handles.append(module.register_forward_hook(after))
         if _has_input(module):
@@ -275,11 +275,13 @@ def main_tensor(module: nn.Module, output: Any) -> Any:
     return tensors[0]
 
 
-def _keep(captures: Captures, key: Key, output: Any, *, batched: bool) -> None:
+def _keep(captures: Captures, key: Key, output: Any, tokens: int) -> None:
     if isinstance(output, tuple):
         output = next((o for o in output if isinstance(o, torch.Tensor)), None)
     if isinstance(output, torch.Tensor) and output.dim() >= 3 and key not in captures.values:
-        captures.values[key] = _rows(output, batched=batched)
+        if output.dim() == 4 and output.shape[1] != tokens == output.shape[2]:
+            output = output.transpose(1, 2)  # heads before tokens: a norm of heads
+        captures.values[key] = _rows(output, batched=True)
 
 
 def _rows(tensor: torch.Tensor, *, batched: bool) -> torch.Tensor:

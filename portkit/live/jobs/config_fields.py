@@ -38,7 +38,7 @@ PART = 20
 """Of them; what a decoder says about these does not depend on the others."""
 ENGINE = {"sliding_window"}
 """Fields that vLLM reads for the port: Attention takes cache_config.sliding_window."""
-MODELS = "vllm.model_executor.models."
+MODELS = ("vllm.model_executor.models.", "vllm.models.")
 ROUNDING = 1e-3
 """A smaller difference of log-probabilities may be sums in another order."""
 

@@ -7,7 +7,9 @@ Each in-scope architecture that vLLM has a class of its own for: its file is ado
 a tiny random checkpoint, and `portkit diagnose` runs all checks that apply. First on a hardened
 checkpoint, which sets switches, caps and factors that a class may never have supported; if a check
 fails there, once more with those options at the config class's defaults. native_findings.toml
-says, for each class that fails, what a person found when looking into it. Rows are kept in a file:
+says, for each class that fails, what a person found when looking into it, and gives fields to set:
+`published` those that published checkpoints carry and this Transformers' config class lost, `usual`
+values of the second checkpoint. Rows are kept in a file:
 a run that is stopped goes on where it was.
 """
 
@@ -59,11 +61,13 @@ def main(argv: list[str] | None = None) -> int:
 def _measured(name: str, model_type: str, support: dict[str, Any]) -> NativeRow:
     started = time.monotonic()
     module = support["defined_in"] or support["module"]
-    published = explanations().get(name, {}).get("published", {})
+    said = explanations().get(name, {})
+    usual = said.get("usual", {})
     trials: list[Trial] = []
     for options in (HARD, USUAL) if support["defined_in"] else ():
-        trial = _tried(name, model_type, module, support["class"], options, published)
-        if not trials or trial.set != trials[0].set:
+        own = said.get("published", {}) | (usual if options == USUAL else {})
+        trial = _tried(name, model_type, module, support["class"], options, own)
+        if not trials or usual or trial.set != trials[0].set:
             trials.append(trial)
         if trial.silent:
             break
@@ -72,7 +76,7 @@ def _measured(name: str, model_type: str, support: dict[str, Any]) -> NativeRow:
 
 
 def _tried(
-    name: str, model_type: str, module: str, cls: str, options: str, published: dict[str, Any]
+    name: str, model_type: str, module: str, cls: str, options: str, own: dict[str, Any]
 ) -> Trial:
     """Make the checkpoint, adopt, diagnose."""
     with tempfile.TemporaryDirectory(prefix="portkit-native-") as folder:
@@ -84,7 +88,7 @@ def _tried(
             model_type=model_type,
             out=str(checkpoint),
             options=options,
-            set=published,
+            set=own,
         )
         if not made.ok:
             return Trial(options, (), 0, (), f"no checkpoint: {made.what}")

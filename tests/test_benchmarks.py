@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from portkit.architectures import in_scope
+from portkit.checks.runner import all_checks
 
 ROOT = Path(__file__).resolve().parent.parent
 CHEAP = ("import", "findings", "headers")
@@ -64,3 +68,15 @@ def test_values_as_json_and_what_must_not_be_imported():
     row = said["rows"][0]
     assert row["what"] == "`import portkit`" and row["budget"] == 0.5 and len(row["values"]) == 2
     assert row["problem"] == "", "torch or vllm came with it"
+
+
+def test_what_is_said_of_vllms_own_classes_names_checks_and_has_a_reason():
+    said = tomllib.loads((ROOT / "benchmarks/native_findings.toml").read_text())
+    checks = {check.id for checks in all_checks().values() for check in checks}
+    for architecture, entry in said.items():
+        assert architecture in in_scope()
+        assert set(entry) <= {"kind", "checks", "says", "published", "usual"}
+        assert set(entry.get("checks", ())) <= checks
+        if "kind" in entry:
+            assert entry["kind"] in ("finding", "not checkable", "false alarm")
+            assert len(entry["says"]) > 20 and (entry["kind"] != "finding" or entry["checks"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from portkit.adopt import adopt
-from portkit.checks.runner import run_checks
+from portkit.checks.runner import checks_of, run_checks, run_one
 from portkit.errors import PortkitError
 from portkit.live.client import live_for
 from portkit.live.loads import refused_heads
@@ -16,8 +16,11 @@ from portkit.live.loads import refused_heads
 MODELS = "vllm.model_executor.models"
 
 
-def verdict(port, step: str, check: str):
+def verdict(port, step: str, check: str, loader: str = ""):
     with live_for(port):
+        if loader:
+            (found,) = (c for c in checks_of(step) if c.id == check)
+            return run_one(found, port, lambda text: None, loader)
         return {v.check: v for v in run_checks(port, step, only=[check])}[check]
 
 
@@ -94,6 +97,51 @@ def test_experts_stay_out_of_the_copy_by_the_checkpoints_name(tmp_path):
     with live_for(port) as live:
         job = live.run("quantised", timeout=240.0, loader="port")
     assert job.ok, job.what
+
+
+@pytest.mark.vllm
+def test_a_router_made_of_a_linear_is_not_quantised_and_an_attention_may_name_its_mask(tmp_path):
+    """Afmoe's router.gate is an nn.Linear, and its attention hands the mask on by name."""
+    published = {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}
+    for options in ("default", "hard"):
+        out, name = tmp_path / options, "AfmoeForCausalLM"
+        done = live_for(None).run(
+            "random_checkpoint",
+            architecture=name,
+            model_type="afmoe",
+            out=str(out),
+            set=published,
+            options=options,
+        )
+        assert done.ok, done.what
+        port = adopt(f"{MODELS}.afmoe", architecture=name, checkpoint=out, name=options, root=out)
+        if options == "default":
+            with live_for(port) as live:
+                job = live.run("quantised", timeout=240.0, loader="port")
+            assert job.ok, job.what
+        else:  # biases that the class does not have
+            found = verdict(port, "forward", "prefill_parity", "port")
+            assert "self_attn" in found.what and "The trace stopped" not in found.what
+
+
+@pytest.mark.vllm
+def test_a_router_that_is_no_linear_is_ignored_by_name(tmp_path):
+    """vLLM's Qwen3Moe has it in a linear that quant_config reaches, as ignore lists know."""
+    out, name = tmp_path / "checkpoint", "Qwen3MoeForCausalLM"
+    done = live_for(None).run(
+        "random_checkpoint",
+        architecture=name,
+        model_type="qwen3_moe",
+        out=str(out),
+        options="default",
+    )
+    assert done.ok, done.what
+    port = adopt(f"{MODELS}.qwen3_moe", architecture=name, checkpoint=out, root=tmp_path / "ports")
+    with live_for(port) as live:
+        job = live.run("quantised", timeout=240.0, loader="port")
+    assert job.ok, job.what
+    gates = [row for row in job.value["layers"] if row["path"].endswith("mlp.gate")]
+    assert gates and not [row["path"] for row in gates if row["actual"]]
 
 
 @pytest.mark.vllm

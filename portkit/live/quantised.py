@@ -47,7 +47,8 @@ class Plan:
     quantised: tuple[str, ...]
     """Module paths in the original, e.g. "model.layers.0.mlp.up_proj"."""
     ignored: tuple[str, ...]
-    """Those left as they are; the head is always one."""
+    """Those left as they are; the head is always one, and so are routers that are no nn.Linear: a
+    port's may be one."""
     experts: tuple[str, ...] = ()
     """Modules that hold experts as one tensor each: left as they are. The copy does not round them,
     and vLLM's CPU build has no 8-bit kernel for experts."""
@@ -78,7 +79,11 @@ def plan(
         for name, module in original.named_modules()
         if isinstance(module, nn.Linear) and module is not head and f"{name}.weight" in tensors
     ]
-    names = [name for name in linears if format != "int4" or _fits(original, name, packed)]
+    names = [
+        name
+        for name in linears
+        if not _is_gate(original, name) and (format != "int4" or _fits(original, name, packed))
+    ]
     heads = [n for n, m in original.named_modules() if m is head and head is not None]
     members = {part for parts in packed.values() for part in parts}
     fused = [n for n in names if n.rpartition(".")[2] in members]
@@ -99,7 +104,26 @@ def plan(
     if experts:  # the checkpoint, and vLLM with it, may call them otherwise (block_sparse_moe)
         stored = {match[1] for name in tensors if (match := EXPERT.match(name))}
         experts += sorted(stored - set(experts))
-    return Plan(tuple(n for n in names if n not in left), (*left, *heads), tuple(experts))
+    routers = [
+        name
+        for name, module in original.named_modules()
+        if not isinstance(module, nn.Linear | nn.Embedding)
+        and getattr(getattr(module, "weight", None), "ndim", 0) == 2
+        and f"{name}.weight" in tensors
+    ]
+    ignored = (*left, *heads, *routers)
+    return Plan(tuple(n for n in names if n not in left), ignored, tuple(experts))
+
+
+def _is_gate(original: nn.Module, name: str) -> bool:
+    """Whether the linear chooses among experts, or weighs the shared one: none quantises these."""
+    block = name.rpartition(".")[0]
+    for holder in (block, block.rpartition(".")[0]):
+        experts = getattr(original.get_submodule(holder), "experts", None)
+        if isinstance(experts, nn.Module) and (one := next(experts.parameters(), None)) is not None:
+            count = len(experts) if isinstance(experts, nn.ModuleList) else one.shape[0]
+            return original.get_submodule(name).out_features in (1, count)
+    return False
 
 
 def _fits(original: nn.Module, name: str, packed: dict[str, list[str]]) -> bool:

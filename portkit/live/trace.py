@@ -92,7 +92,7 @@ def _traced_attention(
     """
 
     def traced(
-        module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **options: Any
+        module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any
     ) -> Any:
         path = paths.get(id(module), "")
         for role, tensor in (("q", query), ("k", key), ("v", value)):
@@ -103,7 +103,7 @@ def _traced_attention(
             if isinstance(option, int | float) or option is None
         } | {"heads": query.shape[1], "kv_heads": key.shape[1]}
         eager = sys.modules[type(module).__module__].eager_attention_forward
-        output = eager(module, query, key, value, mask, **options)
+        output = eager(module, query, key, value, attention_mask, **options)
         captures.values[path, "attn"] = _rows(output[0], batched=True)
         return output
 
@@ -279,7 +279,9 @@ def _keep(captures: Captures, key: Key, output: Any, tokens: int) -> None:
     if isinstance(output, tuple):
         output = next((o for o in output if isinstance(o, torch.Tensor)), None)
     if isinstance(output, torch.Tensor) and output.dim() >= 3 and key not in captures.values:
-        if output.dim() == 4 and output.shape[1] != tokens == output.shape[2]:
+        if output.dim() == 4 and output.shape[2] == tokens:
+            if output.shape[1] == tokens:
+                return  # as many heads as tokens: either may come first
             output = output.transpose(1, 2)  # heads before tokens: a norm of heads
         captures.values[key] = _rows(output, batched=True)
 

@@ -2,7 +2,7 @@
 
     python benchmarks/coverage.py [--only ARCH[,ARCH]] [--parts port,backend,native] [--jobs N]
                                   [--results FILE.jsonl] [--again failed|changed|all]
-                                  [--write docs/coverage.md] [--show]
+                                  [--config JSON | --variants] [--write docs/coverage.md] [--show]
 
 For each in-scope architecture: a tiny hardened checkpoint in several safetensors shards, the drafts
 of all steps, then the port's own class and `load_weights` in vLLM's engine, float32, against
@@ -15,6 +15,8 @@ Results are kept per line in a file: a run that is stopped goes on where it was,
 asked for is done again. `--again changed` makes each draft anew and runs those that did not match,
 and those whose source or checkpoint is not, byte for byte, that of the kept row. `--jobs` measures
 that many architectures at a time, each in a worker of its own (about 3 GiB and a core each).
+`--config` sets fields of the config to values of one's own, of the architectures of `--only`;
+`--variants` measures those of coverage_variants.py. Their drafts have a table of their own.
 Rows of another device are kept beside (`--results` of both, comma separated, with --show or
 --write). Exits with 1 if a row that was run does not match.
 """
@@ -22,6 +24,7 @@ Rows of another device are kept beside (`--results` of both, comma separated, wi
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import sys
 import tempfile
@@ -30,6 +33,7 @@ from pathlib import Path
 
 from coverage_rows import PARTS, CoverageRow, Store, measure_architecture
 from coverage_table import document, one_line
+from coverage_variants import VARIANTS, text_of
 
 from portkit.architectures import in_scope
 
@@ -44,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--jobs", type=int, default=1, help="architectures at a time")
+    parser.add_argument("--config", default="", help="fields of the config, as JSON")
+    parser.add_argument("--variants", action="store_true", help="configs that switch the layout")
     parser.add_argument("--show", action="store_true", help="measure nothing, print the table")
     parser.add_argument("--write", type=Path, help="put the table into this file")
     args = parser.parse_args(argv)
@@ -54,9 +60,22 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         print(f"not in scope: {', '.join(unknown)}", file=sys.stderr)
         return 2
+    try:
+        given = text_of(json.loads(args.config or "{}"))
+    except ValueError as error:
+        print(f"--config is no JSON: {error}", file=sys.stderr)
+        return 2
+    if given and not args.only:
+        print("--config needs --only ARCH", file=sys.stderr)
+        return 2
+    todo = [(name, given) for name in wanted]
+    if args.variants:
+        todo = [(name, text_of(config)) for name, config in VARIANTS if name in wanted]
     bad = False
-    if not args.show and not (args.write and not args.only and not args.again):
-        bad = _measure(wanted, stores[0], args)
+    if not args.show and not (
+        args.write and not args.only and not args.again and not args.variants
+    ):
+        bad = _measure(todo, stores[0], args)
     if args.show or args.write:
         text = document(scope, [store.rows() for store in stores])
         if args.write:
@@ -66,18 +85,21 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if bad else 0
 
 
-def _measure(wanted: list[str], store: Store, args: argparse.Namespace) -> bool:
+def _measure(wanted: list[tuple[str, str]], store: Store, args: argparse.Namespace) -> bool:
     kept = store.rows()
     everything = bool(args.only) or args.again in ("all", "changed")
     todo = {
-        name: [
+        (name, config): [
             part
             for part in args.parts.split(",")
-            if everything
-            or (name, part) not in kept
-            or (args.again == "failed" and not kept[name, part].matches)
+            if not (config and part != "port")
+            and (
+                everything
+                or (_key(name, config), part) not in kept
+                or (args.again == "failed" and not kept[_key(name, config), part].matches)
+            )
         ]
-        for name in wanted
+        for name, config in wanted
     }
     known = kept if args.again == "changed" else {}
     count, number, bad = sum(map(len, todo.values())), 0, False
@@ -88,25 +110,36 @@ def _measure(wanted: list[str], store: Store, args: argparse.Namespace) -> bool:
             pool.submit(
                 _rows,
                 name,
+                config,
                 parts,
-                {part: known[name, part] for part in parts if (name, part) in known},
+                {
+                    part: known[_key(name, config), part]
+                    for part in parts
+                    if (_key(name, config), part) in known
+                },
             )
-            for name, parts in todo.items()
+            for (name, config), parts in todo.items()
             if parts
         ]
         for done in as_completed(jobs):
             for row in done.result():
                 number += 1
-                if row != kept.get((row.architecture, row.part)):
+                if row != kept.get((row.name, row.part)):
                     store.add(row)
                 print(f"{number}/{count} {one_line(row)}", flush=True)
                 bad |= row.part == "port" and not row.matches
     return bad
 
 
-def _rows(name: str, parts: list[str], known: dict[str, CoverageRow]) -> list[CoverageRow]:
+def _key(name: str, config: str) -> str:
+    return f"{name} {config}".rstrip()
+
+
+def _rows(
+    name: str, config: str, parts: list[str], known: dict[str, CoverageRow]
+) -> list[CoverageRow]:
     with tempfile.TemporaryDirectory(prefix="portkit-coverage-") as folder:
-        return measure_architecture(name, parts, Path(folder), _say, known)
+        return measure_architecture(name, parts, Path(folder), _say, known, config)
 
 
 def _say(text: str) -> None:

@@ -49,22 +49,29 @@ class CoverageRow:
     seconds: float
     digest: str = ""
     """SHA-256 of what ran: the checkpoint's files and, of a port, the drafted source."""
+    config: str = ""
+    """Fields of the config with values of their own, as JSON; "" for the usual checkpoint."""
+
+    @property
+    def name(self) -> str:
+        """The architecture and the fields, what a row is kept under."""
+        return f"{self.architecture} {self.config}".rstrip()
 
 
 class Store:
-    """Rows on disk, one JSON object a line; the last of an architecture and part counts."""
+    """Rows on disk, one JSON object a line; the last of a name and part counts."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def rows(self) -> dict[tuple[str, str], CoverageRow]:
-        """Return the kept rows by architecture and part."""
+        """Return the kept rows by name and part."""
         found = {}
         if self.path.is_file():
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 value = json.loads(line)
                 row = CoverageRow(**{**value, "warnings": tuple(value["warnings"])})
-                found[row.architecture, row.part] = row
+                found[row.name, row.part] = row
         return found
 
     def add(self, row: CoverageRow) -> None:
@@ -84,6 +91,7 @@ def measure_architecture(
     folder: Path,
     say: Callable[[str], None],
     known: Mapping[str, CoverageRow],
+    config: str = "",
 ) -> list[CoverageRow]:
     """Make the checkpoint and run the parts on it, in one worker; a row each.
 
@@ -91,11 +99,13 @@ def measure_architecture(
     as it is where checkpoint and drafted source are, byte for byte, what they were.
     """
     try:
-        port = _port(name, folder, say)
+        port = _port(name, folder, say, json.loads(config or "{}"))
     except Exception as error:
-        return [_Row(name, part).ended(error) for part in parts]
+        return [_Row(name, part, config).ended(error) for part in parts]
     with live_for(port) as live:
-        return [_measure(_Row(name, part), port, live, say, known.get(part)) for part in parts]
+        return [
+            _measure(_Row(name, part, config), port, live, say, known.get(part)) for part in parts
+        ]
 
 
 def _measure(
@@ -117,8 +127,8 @@ def _measure(
 class _Row:
     """A row being measured."""
 
-    def __init__(self, architecture: str, part: str) -> None:
-        self.architecture, self.part = architecture, part
+    def __init__(self, architecture: str, part: str, config: str = "") -> None:
+        self.architecture, self.part, self.config = architecture, part, config
         self.warnings: list[str] = []
         self.device, self.digest = "cpu", ""
         self._started = time.monotonic()
@@ -145,6 +155,7 @@ class _Row:
             date=datetime.now(UTC).date().isoformat(),
             seconds=round(time.monotonic() - self._started, 1),
             digest=self.digest,
+            config=self.config,
         )
 
 
@@ -157,7 +168,7 @@ def _digest(port: Port, part: str) -> str:
     return digest.hexdigest()
 
 
-def _port(name: str, folder: Path, say: Callable[[str], None]) -> Port:
+def _port(name: str, folder: Path, say: Callable[[str], None], config: dict[str, Any]) -> Port:
     """Return a port with a random checkpoint, the bundled model's too: all rows are made alike."""
     checkpoint = folder / "checkpoint"
     made = live_for(None).run(
@@ -167,6 +178,7 @@ def _port(name: str, folder: Path, say: Callable[[str], None]) -> Port:
         architecture=name,
         model_type=in_scope()[name],
         out=str(checkpoint),
+        set=config,
     )
     if not made.ok:
         raise _Ended("checkpoint", str(made.what))

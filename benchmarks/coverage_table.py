@@ -14,7 +14,7 @@ BAR = 0.75
 def one_line(row: CoverageRow) -> str:
     """Return "ARCH port match 2.1e-05 (7 s)" or "ARCH port ✗ TP=2: why (9 s)"."""
     said = f"match {row.reason}" if row.matches else f"✗ {row.where}: {row.reason}"
-    return f"{row.architecture} {row.part} {said} ({row.seconds:.0f} s)"
+    return f"{row.name} {row.part} {said} ({row.seconds:.0f} s)"
 
 
 def document(scope: Mapping[str, str], stores: Sequence[Rows]) -> str:
@@ -87,7 +87,32 @@ def document(scope: Mapping[str, str], stores: Sequence[Rows]) -> str:
             _mark(best[name, "native"]),
         )
         lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_variants(stores)]) + "\n"
+
+
+def _variants(stores: Sequence[Rows]) -> list[str]:
+    """Return the table of drafts on configs that switch what a block computes."""
+    rows = {name: row for s in reversed(stores) for (name, _), row in s.items() if row.config}
+    if not rows:
+        return []
+    matching = sum(row.matches for row in rows.values())
+    lines = [
+        "",
+        "## Config variants",
+        "",
+        "A draft keeps the config's branches that Transformers has. These are other ways through "
+        f"them than that of the rows above, each with a checkpoint and a draft of its own: "
+        f"{matching} of {len(rows)} match (`--variants`).",
+        "",
+        "| architecture | config | draft | largest difference, or why not |",
+        "|---|---|---|---|",
+    ]
+    for row in rows.values():
+        said = row.reason if row.matches else _why(row)
+        mark = "✓ match" if row.matches else "✗"
+        cells = (row.architecture, f"`{row.config}`", mark, said)
+        lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+    return lines
 
 
 def _best(rows: Sequence[CoverageRow | None]) -> CoverageRow | None:

@@ -45,7 +45,7 @@ WRITTEN = [
     ("falcon", "forward", "qkv.unflatten(-1, (self.num_kv_heads, -1)).split("),
     ("falcon", "weights", "self.query_key_value = QKVParallelLinear("),
     ("falcon", "weights", "fused = loaded_weight.unflatten(dim, (self.total_num_kv_heads, -1))"),
-    ("falcon", "weights", 'raise NotImplementedError("not ported: config.alibi")'),
+    ("falcon", "weights", '"config.alibi is not ported: the original puts the ALiBi bias into'),
     # A table of sines that attention looks up; q, v, k in four blocks.
     ("gptj", "weights", "query, key = self.rotary_emb(positions, query, key)"),
     ("gptj", "weights", '"rope_dim": config.rotary_dim'),
@@ -70,6 +70,13 @@ def test_drafts_satisfy_the_rules_and_are_done(model: str) -> None:
 @pytest.mark.parametrize(("model", "step", "text"), WRITTEN)
 def test_what_older_files_compute_is_kept(model: str, step: str, text: str) -> None:
     assert text in states(model)[step]
+
+
+def test_a_total_that_the_original_computes_late_does_not_undo_the_ranks_share() -> None:
+    """Falcon counts its KV heads below the projection, by its layout: that is the total."""
+    source = states("falcon")["weights"]
+    assert source.count("self.num_kv_heads = ") == 1
+    assert "self.num_kv_heads = max(1, self.total_num_kv_heads // tp_size)" in source
 
 
 def test_scores_that_are_changed_in_an_unknown_way_are_not_dropped() -> None:

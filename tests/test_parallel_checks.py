@@ -297,41 +297,6 @@ def test_seeded_bug_is_caught_by_name(bench: Bench, name: str) -> None:
         assert result.status == "passed", f"{other} fails too: {words(result)}"
 
 
-ASTRAY: dict[str, tuple[Edit, tuple[str, ...]]] = {
-    "parts in another order": (
-        edit('["gate_proj", "up_proj"]', '["up_proj", "gate_proj"]'),
-        ("applies gate_proj's adapter to up_proj", '"gate_up_proj": ["up_proj", "gate_proj"]'),
-    ),
-    "parts of other sizes in another order": (
-        edit('["q_proj", "k_proj", "v_proj"]', '["k_proj", "q_proj", "v_proj"]'),
-        ("cannot take an adapter of q_proj", '"qkv_proj": ["k_proj", "q_proj", "v_proj"]'),
-    ),
-    "mapping missing": (
-        edit("    packed_modules_mapping = {", "    other_mapping = {"),
-        ("refuses an adapter of q_proj", "does not name q_proj"),
-    ),
-    "renamed by load_weights alone": (
-        edit(
-            "self.mlp = ", "self.ffn = ", 'f"{prefix}.mlp"', 'f"{prefix}.ffn"',
-            "self.mlp(", "self.ffn(", "loader.load_weights(weights",
-            'loader.load_weights(((n.replace(".mlp.", ".ffn."), w) for n, w in weights)',
-        ),
-        ("adapter of gate_proj reaches no layer", "def load_weights", "hf_to_vllm_mapper"),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ASTRAY)
-def test_adapters_that_go_astray_are_named(bench: Bench, name: str) -> None:
-    """The port's own load_weights is right: only packed_modules_mapping, or a name, is wrong."""
-    change, said = ASTRAY[name]
-    Bench(bench.port, "weights").write(change)
-    verdict = bench.run("lora")
-    assert verdict.status == "failed" and not [t for t in said if t not in words(verdict)], words(
-        verdict
-    )
-
-
 def test_packed_weights_that_a_cast_spoils_are_caught(bench: Bench) -> None:
     """Eight bits survive a cast to float32 and back, eight weights of 4 bits in an int32 do not."""
     Bench(bench.port, "weights").write(
@@ -343,15 +308,6 @@ def test_packed_weights_that_a_cast_spoils_are_caught(bench: Bench) -> None:
     verdict = QuantisedRun().run(CheckContext(bench.port, live_for(bench.port), loader="port"))
     assert verdict.status == "failed"
     assert "In int4 the log-probabilities differ" in verdict.what
-
-
-def test_adapters_move_the_port_as_they_move_transformers(bench: Bench) -> None:
-    Bench(bench.port, "weights").write()
-    passed = bench.run("lora")
-    assert passed.status == "passed" and "21 linear layers" in passed.what
-    Bench(bench.port, "weights").write(edit("SupportsLoRA, SupportsPP):", "SupportsPP):"))
-    skipped = bench.run("lora")
-    assert skipped.status == "skipped" and "SupportsLoRA" in skipped.what
 
 
 HELIUM = {

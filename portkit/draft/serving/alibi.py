@@ -192,7 +192,10 @@ def refuse_optional(
             if known.test not in edit.code(forward):
                 continue
             module = _without_field(module, field, cls.name.value)
-            notes.append(f"{cls.name.value}: config.{field} is not ported; __init__ refuses it.")
+            notes.append(
+                f"{cls.name.value}: config.{field} is not ported, it adds an ALiBi bias to the "
+                "mask, and vLLM's Attention takes no mask; __init__ refuses it."
+            )
     return module, notes
 
 
@@ -225,9 +228,13 @@ def _without_field(module: cst.Module, field: str, refusing: str) -> cst.Module:
         item = edit.replace(item, change)
         if init is not None and item.name.value == refusing:
             init = edit.method(item, "__init__")
-            refusal = edit.statement(
-                f'if config.{field}:\n    raise NotImplementedError("not ported: config.{field}")'
-            )
+            refusal = edit.statement(f"""
+if config.{field}:
+    raise NotImplementedError(
+        "config.{field} is not ported: the original puts the ALiBi bias into the "
+        "attention mask, and vLLM's Attention takes no mask"
+    )
+""")
             item = set_method(item, edit.with_body(init, [*edit.body_of(init), refusal]))
         body.append(item)
     return module.with_changes(body=body)

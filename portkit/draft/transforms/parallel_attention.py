@@ -203,7 +203,7 @@ def _total_names(view: ClassView, heads: str, kv_heads: str) -> dict[str, str]:
         if (
             not item.condition
             and value in (heads, kv_heads)
-            and isinstance(item.value, ast.Attribute | ast.Name)
+            and (isinstance(item.value, ast.Attribute | ast.Name) or item.attr in _OF_THIS_RANK)
         ):
             wants_kv = "key_value" in item.attr or "kv" in item.attr
             if value == kv_heads and (wants_kv or heads != kv_heads):

@@ -1,11 +1,11 @@
 """Job: run the port with LoRA adapters, beside Transformers with the same change of its weights.
 
-args: "loader", "portkit" (default) or "port".
-value: layers (what an adapter of all linears adapts, by path), effect (how far the random adapter
-moves Transformers' log-probabilities), tolerance, zero and all (error, max_abs, ok), parts (only if
-`all` differs: per layer name, an adapter of that alone: ours, theirs, max_abs, error, like: another
-layer name whose change the port made instead); "nothing" with a reason instead, if there is no
-linear to adapt or the class takes no adapters.
+args: "loader", "portkit" (default) or "port"; "ranks", tensor-parallel (default 1).
+value: how (where the ranks run), layers (what an adapter of all linears adapts, by path), effect
+(how far the random adapter moves Transformers' log-probabilities), tolerance, zero and all (error,
+max_abs, ok), parts (only if `all` differs: per layer name, an adapter of that alone: ours, theirs,
+max_abs, error, like: another layer name whose change the port made instead); "nothing" with a
+reason instead, if there is no linear to adapt or the class takes no adapters.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from torch import nn
 from vllm.lora.request import LoRARequest
 
 from portkit.live import adapters
-from portkit.live.checkpoint import open_checkpoint
+from portkit.live.checkpoint import Checkpoint, open_checkpoint
 from portkit.live.device import find_device
-from portkit.live.engine import Engine, start
+from portkit.live.engine import Engine
 from portkit.live.failure import chain
 from portkit.live.job import JobRequest
 from portkit.live.missing_kernels import missing_kernel
 from portkit.live.prompts import prompts_for
 from portkit.live.quantised import logprobs
 from portkit.live.reference import load_model, original_class
+from portkit.live.rehearsal import how, rehearse
 from portkit.port import Port
 
 REFUSED = "does not support LoRA"
@@ -52,13 +53,10 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
         }
     if device == "cpu" and "FusedMoE" in port.source:
         return {"nothing": "experts beside adapters run on a Triton kernel, which needs a GPU"}
-    original = load_model(original_class(port), checkpoint)
-    paths = adapters.adaptable(original, set(checkpoint.names))
-    if not paths:
-        return {"nothing": "the original has no linear layer that its checkpoint names"}
-    say("starting vLLM with LoRA")
+    ranks, loader = int(request.args.get("ranks", 1)), request.args.get("loader", "portkit")
+    say(f"starting vLLM with LoRA on {how(ranks)}")
     try:
-        return _with_engine(port, original, paths, request.args.get("loader", "portkit"), say)
+        return {"how": how(ranks), **_with_engine(port, checkpoint, ranks, loader, say)}
     except Exception as error:
         # Without adapters the port ran.
         if kernel := next(filter(None, map(missing_kernel, chain(error))), ""):
@@ -69,15 +67,21 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _with_engine(
-    port: Port, original: nn.Module, paths: list[str], loader: str, say: Callable[[str], None]
+    port: Port, checkpoint: Checkpoint, ranks: int, loader: str, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    with start(
+    with rehearse(
         port.root,
+        ranks,
         loader=loader,
         enable_lora=True,
         max_lora_rank=adapters.RANK,
         enable_prompt_embeds=False,
     ) as engine:
+        # Not before: ranks are forks of a process that has computed nothing yet.
+        original = load_model(original_class(port), checkpoint)
+        paths = adapters.adaptable(original, set(checkpoint.names))
+        if not paths:
+            return {"nothing": "the original has no linear layer that its checkpoint names"}
         folder = port.state_dir / "cache" / "lora"
         shutil.rmtree(folder, ignore_errors=True)
         return _Comparison(engine, original, folder).gather(paths, say)

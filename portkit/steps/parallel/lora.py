@@ -7,8 +7,10 @@ from typing import Any
 
 from portkit.checks.base import Check, CheckContext
 from portkit.checks.verdict import Table, Verdict
+from portkit.live.checkpoint import open_checkpoint
 from portkit.live.evidence import gather
 from portkit.live.job import JobResult
+from portkit.live.rank_counts import refusal
 from portkit.steps.parallel.rehearsals import STEP, place
 from portkit.steps.weights.parity import line_of_loading
 
@@ -18,6 +20,17 @@ CAUSES = (
     "a layer has another name than in Transformers, and no hf_to_vllm_mapper on the class says so",
     "load_weights puts a layer's rows in another order, which vLLM does not do with an adapter",
 )
+ON_RANKS = (
+    "load_weights deals a weight's rows or columns out to the ranks in another way than one piece "
+    "to each, which is how vLLM cuts an adapter",
+    "several layers of the checkpoint are one ColumnParallelLinear: a rank's piece is of one of "
+    "them, where a MergedColumnParallelLinear has a piece of each",
+    "forward cuts or gathers a layer's output by rank itself",
+)
+CUT_BY_HAND = (
+    "Give that layer the class that cuts it as vLLM cuts adapters (QKVParallelLinear, "
+    "MergedColumnParallelLinear), or leave SupportsLoRA out."
+)
 
 
 class LoraAdapters(Check):
@@ -26,7 +39,8 @@ class LoraAdapters(Check):
     One that trains start from (B is zero) changes nothing; a random one on all linear layers moves
     every log-probability as Transformers with W + scale * B @ A is moved. Both are in peft's
     format and name layers as Transformers does. If they differ, one adapter per layer name says
-    which goes astray. Proves nothing about adapters of embeddings, head and experts.
+    which goes astray. The same on two ranks, where each takes its part of A or of B. Proves
+    nothing about adapters of embeddings, head and experts.
     """
 
     id = "lora"
@@ -35,7 +49,7 @@ class LoraAdapters(Check):
     requires = ("rehearsal_tp1",)
 
     def run(self, context: CheckContext) -> Verdict:
-        job = self._job(context)
+        job, loader = self._job(context)
         port = context.port
         if not job.ok:
             return self.failed(
@@ -75,16 +89,58 @@ class LoraAdapters(Check):
                 causes=CAUSES,
                 job=job,
             )
-        return self.passed(
+        said = (
             f"An adapter of {len(found['layers'])} linear layers moves log-probabilities by up to "
             f"{found['effect']:.2g}, as Transformers' to {found['all']['max_abs']:.1e}; one with "
-            f"B = 0 moves none.",
+            f"B = 0 moves none."
+        )
+        if reason := refusal(open_checkpoint(port.checkpoint).config, 2):
+            return self.passed(f"{said} Two ranks: {reason}.", *tables, job=job)
+        two = gather(context, self.id, "lora", loader=loader, ranks=2)
+        wrong = self._on_ranks(context, two)
+        return wrong or self.passed(f"{said} {_alike(two.value)}", *tables, job=job)
+
+    def _on_ranks(self, context: CheckContext, job: JobResult) -> Verdict | None:
+        """Return what is wrong on two ranks; None if nothing is. On one, all was right."""
+        where = context.port.modeling.name
+        if not job.ok:
+            return self.failed(
+                f"Adapters are right on one rank; on two the port stopped: {job.what}",
+                where=job.where or where,
+                next=job.next or CUT_BY_HAND,
+                causes=ON_RANKS,
+                log=job.log_tail,
+                job=job,
+            )
+        found = job.value
+        if "nothing" in found or (found["zero"]["ok"] and found["all"]["ok"]):
+            return None
+        tables = _tables(found)
+        if not found["zero"]["ok"] and not found["zero"]["error"]:
+            return self.failed(
+                f"Adapters are right on one rank; on two, one that changes nothing moves the "
+                f"log-probabilities by {found['zero']['max_abs']:.3g}.",
+                where=where,
+                next="Does `rehearsal_tp2` pass? Without adapters the ranks must agree first.",
+                job=job,
+            )
+        astray = [row for row in found["parts"] if not row["ok"]]
+        names = ", ".join(row["name"] for row in astray) or "all layers together"
+        by = astray[0]["max_abs"] if astray else found["all"]["max_abs"]
+        error = astray[0]["error"] if astray else found["all"]["error"]
+        return self.failed(
+            "Adapters are right on one rank; on two, "
+            + (f"vLLM cannot take one of {names}: {error}" if error else "")
+            + ("" if error else f"one of {names} differs from Transformers by {by:.2g}."),
             *tables,
+            where=self._place(context, astray[0]) if astray else where,
+            next=CUT_BY_HAND,
+            causes=ON_RANKS,
             job=job,
         )
 
-    def _job(self, context: CheckContext) -> JobResult:
-        """Return what the job found with the port's own load_weights, if that is right.
+    def _job(self, context: CheckContext) -> tuple[JobResult, str]:
+        """Return what the job found with the port's own load_weights, if right, and the loader.
 
         What it does, packed_modules_mapping need not do: portkit's loader would be misled by the
         same mistake that misleads adapters.
@@ -92,8 +148,8 @@ class LoraAdapters(Check):
         own = context.loader or ("port" if "def load_weights" in context.port.source else "portkit")
         job = gather(context, self.id, "lora", loader=own)
         if context.loader or own == "portkit" or (job.ok and _loaded_right(job.value)):
-            return job
-        return gather(context, self.id, "lora", loader="portkit")
+            return job, own
+        return gather(context, self.id, "lora", loader="portkit"), "portkit"
 
     def _astray(
         self,
@@ -175,6 +231,12 @@ class LoraAdapters(Check):
 def _loaded_right(found: dict[str, Any]) -> bool:
     """Whether the port is right as long as an adapter changes nothing."""
     return "nothing" in found or found["zero"]["ok"] or bool(found["zero"]["error"])
+
+
+def _alike(found: dict[str, Any]) -> str:
+    if "nothing" in found:
+        return f"On two ranks none can be tried: {found['nothing']}."
+    return f"On two ranks ({found['how']}) to {found['all']['max_abs']:.1e}."
 
 
 def _tables(found: dict[str, Any]) -> tuple[Table, ...]:

@@ -261,6 +261,16 @@ def test_the_longest_context_is_what_vllm_makes_of_the_config(tmp_path):
 
 
 @pytest.mark.vllm
+def test_a_class_without_supports_lora_may_refuse_adapters_as_it_likes(tmp_path):
+    """Mamba 2 asserts that there is no LoRA, before vLLM has said that the class takes none."""
+    port = adopt(f"{MODELS}.mamba2", architecture="Mamba2ForCausalLM", root=tmp_path)
+    with live_for(port) as live:
+        job = live.run("lora", timeout=240.0, loader="port")
+    assert job.ok, job.what
+    assert "SupportsLoRA" in job.value["nothing"]
+
+
+@pytest.mark.vllm
 def test_a_bare_assertion_is_told_with_its_line(tmp_path):
     """GPT-2's class asserts that an option is off, which the hardened checkpoint switches on."""
     port = adopt(f"{MODELS}.gpt2", architecture="GPT2LMHeadModel", root=tmp_path)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.models.interfaces import supports_lora
 
 from portkit.live import adapters
 from portkit.live.checkpoint import Checkpoint, open_checkpoint
@@ -27,6 +28,7 @@ from portkit.live.engine import Engine
 from portkit.live.failure import chain
 from portkit.live.job import JobRequest
 from portkit.live.missing_kernels import missing_kernel
+from portkit.live.portmodule import port_class
 from portkit.live.prompts import prompts_for
 from portkit.live.quantised import logprobs
 from portkit.live.reference import load_model, original_class
@@ -61,7 +63,8 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
         # Without adapters the port ran.
         if kernel := next(filter(None, map(missing_kernel, chain(error))), ""):
             return {"nothing": kernel}
-        if not isinstance(error, ValueError) or REFUSED not in str(error):
+        refused = isinstance(error, ValueError) and REFUSED in str(error)
+        if not refused and supports_lora(port_class(port)):  # one without may stop by itself
             raise
         return {"nothing": "the class does not say SupportsLoRA, so vLLM takes no adapter for it"}
 

@@ -22,8 +22,8 @@ KINDS = {
     "support; mostly it starts all the same.",
     "finding": "vLLM's class deviates from Transformers, or from what vLLM asks of a class.",
     "not checkable": "It cannot run here, so only what needs no engine was checked.",
-    "false alarm": "portkit is wrong.",
-    "unexplained": "A check fails, and nobody has looked into it.",
+    "false alarm": "portkit is wrong, and it is known how.",
+    "unexplained": "A check fails, and why was not found: portkit may be wrong there.",
 }
 
 

@@ -25,6 +25,8 @@ def residual_shape(forward: str, norms: tuple[NormUse, ...], attention: str, mlp
             order.append(kind)
     return {
         ("norm", "attention", "norm", "mlp"): "pre",
+        # with or without a residual to add first
+        ("norm", "norm", "attention", "norm", "mlp"): "pre",
         ("norm", "attention", "norm", "norm", "mlp", "norm"): "sandwich",
         ("attention", "norm", "mlp", "norm"): "post",
         ("norm", "attention", "mlp"): "parallel",

@@ -14,6 +14,7 @@ from portkit.draft import source_draft
 from portkit.draft.blocker import Blocker
 from portkit.draft.finish import finish
 from portkit.draft.outcome import DraftOutcome
+from portkit.draft.transforms.parallel_add_norm import fuse_add_norm
 from portkit.draft.transforms.parallel_attention import port_attention
 from portkit.draft.transforms.parallel_head import port_causal_lm
 from portkit.draft.transforms.parallel_mlp import port_mlp
@@ -44,6 +45,7 @@ def draft_source(source: str, architecture: str) -> Work:
         port_moe(work, moe)
     port_layer(work)
     port_model(work)
+    fuse_add_norm(work)
     port_causal_lm(work)
     work.module = cst.parse_module(finish(work))
     return work

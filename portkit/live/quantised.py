@@ -77,12 +77,15 @@ def plan(
     linears = [
         name
         for name, module in original.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and f"{name}.weight" in tensors
+        if isinstance(module, nn.Linear) and module is not head
     ]
+    # What the checkpoint calls otherwise than Transformers does is not rounded.
     names = [
         name
         for name in linears
-        if not _is_gate(original, name) and (format != "int4" or _fits(original, name, packed))
+        if f"{name}.weight" in tensors
+        and not _is_gate(original, name)
+        and (format != "int4" or _fits(original, name, packed))
     ]
     heads = [n for n, m in original.named_modules() if m is head and head is not None]
     members = {part for parts in packed.values() for part in parts}
@@ -122,7 +125,9 @@ def _is_gate(original: nn.Module, name: str) -> bool:
         experts = getattr(original.get_submodule(holder), "experts", None)
         if isinstance(experts, nn.Module) and (one := next(experts.parameters(), None)) is not None:
             count = len(experts) if isinstance(experts, nn.ModuleList) else one.shape[0]
-            return original.get_submodule(name).out_features in (1, count)
+            # Experts may lie under each other in one matrix, whose first size says nothing then.
+            router = "router" in name.removeprefix(holder).split(".")
+            return router or original.get_submodule(name).out_features in (1, count)
     return False
 
 

@@ -51,9 +51,10 @@ TOLERANCE = {
         "step: 0.65 was measured on an H200, and 1.1 with one scale of one layer off by half",
     ),
     ("int4", "float16"): (
-        0.1,
+        0.3,
         "only weights are rounded, on both sides alike; what is left is that vLLM computes in "
-        "float16, a hundredth of what rounding weights to 4 bits changes",
+        "float16: a hundredth of what rounding weights to 4 bits changes, a sixth where that makes "
+        "a router choose another expert",
     ),
     ("int4", "bfloat16"): (
         0.5,

@@ -114,7 +114,16 @@ def plan(
         and getattr(getattr(module, "weight", None), "ndim", 0) == 2
         and f"{name}.weight" in tensors
     ]
-    ignored = (*left, *heads, *routers)
+    # What Transformers calls otherwise than the checkpoint, a port may call as the checkpoint does.
+    known = {name for name, _ in original.named_modules()}
+    renamed = sorted(
+        name.removesuffix(".weight")
+        for name in tensors
+        if name.endswith(".weight")
+        and name.removesuffix(".weight") not in known
+        and not name.startswith(tuple(f"{holder}." for holder in experts))
+    )
+    ignored = (*left, *heads, *routers, *renamed)
     return Plan(tuple(n for n in names if n not in left), ignored, tuple(experts))
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import libcst as cst
 
 from portkit.draft import edit
-from portkit.draft.work import Work, set_method
+from portkit.draft.work import Work, put_class, set_method
 
 FUSED = ("RMSNorm", "GemmaRMSNorm")
 RESIDUAL = "residual"
@@ -33,24 +33,52 @@ class _Layer:
     """Above the second half."""
 
 
+@dataclass(frozen=True)
+class Fused:
+    """A file whose layers' norms add the residual."""
+
+    module: cst.Module
+    layer: str
+    """The class that was rewritten, beside the model's."""
+    norms: tuple[str, str]
+
+
 def fuse_add_norm(work: Work) -> None:
     """Rewrite the layers and the model, if every layer is plain pre-norm; else change nothing."""
-    facts = work.facts
-    if len(facts.layers) != 1 or facts.attention_wrapper is not None:
+    found = fused(work.module)
+    if found is None:
         return
-    cls, model = work.cls(facts.layer.cls), work.cls(facts.model)
-    layer = _read(cls)
-    forward = _model_forward(model, facts.final_norm, layer.hidden) if layer else None
-    if layer is None or forward is None:
-        return
-    work.put(set_method(cls, _layer_forward(edit.method(cls, "forward"), layer)))
-    init = edit.method(model, "__init__")
-    init = edit.replace(init, lambda n: _both_tensors(n))
-    work.put(set_method(set_method(model, init), forward))
+    work.module = found.module
     work.did.append(
-        f"{facts.layer.cls}: {layer.first} and {layer.second} add the residual as they norm; "
+        f"{found.layer}: {' and '.join(found.norms)} add the residual as they norm; "
         "layers hand it on beside the hidden states, and so do pipeline stages."
     )
+
+
+def fused(module: cst.Module) -> Fused | None:
+    """Return the file with fused norms; None if there is no plain pre-norm layer to fuse.
+
+    The model's forward must hand nothing but hidden states from layer to layer, as step parallel
+    leaves it, with one class of layer.
+    """
+    classes = [node for node in module.body if isinstance(node, cst.ClassDef)]
+    if any(cls.name.value in FUSED for cls in classes):
+        return None
+    for model in classes:
+        init = edit.method(model, "__init__")
+        made = edit.find(init, lambda n: edit.is_call(n, "make_layers")) if init else []
+        names = edit.names_read(made[0]) if len(made) == 1 else set()
+        layers = [cls for cls in classes if cls.name.value in names]
+        layer = _read(layers[0]) if len(layers) == 1 else None
+        forward = _model_forward(model) if layer else None
+        if layer is None or forward is None:
+            continue
+        of_layer = edit.method(layers[0], "forward")
+        new = put_class(module, set_method(layers[0], _layer_forward(of_layer, layer)))
+        new_init = edit.replace(init, _both_tensors)
+        new = put_class(new, set_method(set_method(model, new_init), forward))
+        return Fused(new, layers[0].name.value, (layer.first, layer.second))
+    return None
 
 
 def _read(cls: cst.ClassDef) -> _Layer | None:
@@ -165,10 +193,10 @@ else:
     return new.with_changes(leading_lines=old.leading_lines)
 
 
-def _model_forward(cls: cst.ClassDef, norm: str, hidden_of_layer: str) -> cst.FunctionDef | None:
+def _model_forward(cls: cst.ClassDef) -> cst.FunctionDef | None:
     """The model's forward, which hands the residual from layer to layer; None if it does more."""
     forward = edit.method(cls, "forward")
-    if not norm or not _fusible(cls, norm):
+    if forward is None:
         return None
     body = edit.body_of(forward)
     stage = next((i for i, n in enumerate(body) if _of_stage(n, "is_first_rank")), None)
@@ -180,10 +208,12 @@ def _model_forward(cls: cst.ClassDef, norm: str, hidden_of_layer: str) -> cst.Fu
     call = edit.assigned(inner[0]) if len(inner) == 1 else None
     hidden = edit.code(call[0]) if call else ""
     named = edit.code(body[loop].target)
+    norm = _assignment(body[last + 1])[1].removesuffix(f"({hidden})").removeprefix("self.")
     if (
         call is None
         or edit.flat(call[1]) != f"{named}(positions, {hidden})"
         or _assignment(body[last + 1]) != (hidden, f"self.{norm}({hidden})")
+        or not _fusible(cls, norm)
         or edit.flat(body[last + 2]) != f"return {hidden}"
     ):
         return None

@@ -137,7 +137,7 @@ def document(rows: Mapping[str, NativeRow]) -> str:
         "what a person found who looked into the failure.",
         "",
         f"{datetime.now(UTC).date().isoformat()}: {versions}. Rows that a change of portkit "
-        "touched were measured again; the others are older than the quantised run's 4 bits.",
+        "touched were measured again, and so were the silent ones.",
         "",
         "| | classes | what it means |",
         "|---|---|---|",

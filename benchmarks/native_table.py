@@ -137,7 +137,8 @@ def document(rows: Mapping[str, NativeRow]) -> str:
         "what a person found who looked into the failure.",
         "",
         f"{datetime.now(UTC).date().isoformat()}: {versions}. Rows that a change of portkit "
-        "touched were measured again, and so were the silent ones.",
+        "touched were measured again, and so were the silent ones; "
+        "findings and what is not checkable are partly older than the quantised run's 4 bits.",
         "",
         "| | classes | what it means |",
         "|---|---|---|",

@@ -297,12 +297,19 @@ def test_seeded_bug_is_caught_by_name(bench: Bench, name: str) -> None:
         assert result.status == "passed", f"{other} fails too: {words(result)}"
 
 
-def test_packed_weights_that_a_cast_spoils_are_caught(bench: Bench) -> None:
-    """Eight bits survive a cast to float32 and back, eight weights of 4 bits in an int32 do not."""
+@pytest.mark.parametrize(
+    "change",
+    [
+        "weight.float()",  # eight bits survive float32 and back, eight weights in an int32 do not
+        'weight * float("inf") if name.endswith("_scale") and weight.shape[1] > 1 else weight',
+    ],
+)
+def test_what_spoils_four_bits_alone_is_caught(bench: Bench, change: str) -> None:
+    """The second gives NaN, which must not pass for a model that float16 cannot hold."""
     Bench(bench.port, "weights").write(
         edit(
             "loader.load_weights(weights",
-            "loader.load_weights(((name, weight.float()) for name, weight in weights)",
+            f"loader.load_weights(((name, {change}) for name, weight in weights)",
         )
     )
     verdict = QuantisedRun().run(CheckContext(bench.port, live_for(bench.port), loader="port"))

@@ -3,9 +3,8 @@
 Formats of compressed-tensors. 8 bits, one scale per output row for weights, one scale per token for
 activations, found while running: on the CPU int8 (vLLM's oneDNN and AMX kernels), on GPUs from
 compute capability 8.9 on fp8 (e4m3), before that int8. int4 for weights alone, a scale for each 32
-inputs, eight weights in an int32: on GPUs (vLLM's Machete and Marlin kernels). An ignore list
-leaves some layers as they are, among them the parts of a fused one: vLLM finds them only by right
-prefixes and packed_modules_mapping.
+inputs, eight weights in an int32, on either. An ignore list leaves some layers as they are, among
+them the parts of a fused one: vLLM finds them only by right prefixes and packed_modules_mapping.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import libcst as cst
 
+from portkit.draft import edit
 from portkit.draft.transforms.parallel_add_norm import fused
 from portkit.lint.finding import Invalid, Valid
 from portkit.lint.rule import Rule
@@ -156,13 +157,8 @@ class LetNormsAdd(Rule):
             for cls in self.source.module.body
             if isinstance(cls, cst.ClassDef) and cls.name.value == found.layer
         )
-        forward = next(
-            item
-            for item in layer.body.body
-            if isinstance(item, cst.FunctionDef) and item.name.value == "forward"
-        )
         self.report(
-            forward,
+            edit.method(layer, "forward"),
             f"`{found.layer}` adds the residual beside its norms: {' and '.join(found.norms)} can "
             "add it in the same kernel, `hidden_states, residual = norm(hidden_states, residual)`.",
             transform=_fused,

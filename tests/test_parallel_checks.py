@@ -56,6 +56,9 @@ def test_correct_port_passes_every_check(bench: Bench) -> None:
     four = {row[0]: row[3] for row in verdicts["quantised_run"].tables[2].rows}
     assert four["model.layers.1.mlp.gate_up_proj"] == "CompressedTensorsWNA16"
     assert four["model.layers.2.mlp.gate_up_proj"] == "unquantised"
+    online = {row[0]: row[3] for row in verdicts["quantised_run"].tables[4].rows}
+    assert online["model.layers.1.mlp.gate_up_proj"] == "Fp8PtpcOnlineLinearMethod"
+    assert online["model.layers.2.mlp.gate_up_proj"] == "unquantised"
 
 
 O_PROJ = """        self.o_proj = RowParallelLinear(

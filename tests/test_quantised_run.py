@@ -30,7 +30,8 @@ def test_right_drafts_run_quantised(tmp_path: Path, architecture: str) -> None:
     with live_for(port) as live:
         verdict = QuantisedRun().run(CheckContext(port, live))
     assert verdict.status == "passed", words(verdict)
-    assert [table.title for table in verdict.tables if "Layers of" in table.title] == [
+    assert [table.title for table in verdict.tables if "Layers" in table.title] == [
         "Layers of the int8 copy",
         "Layers of the int4 copy",
+        "Layers, rounded to fp8 while loading",
     ]

@@ -115,6 +115,8 @@ def load(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
     or unwritten to the caller.
     """
     parameters = loadable(model)
+    # Quantising while loading puts other parameters in the place of those that are full.
+    to_fill = list(model.named_parameters())
     filled: dict[int, list[str | int | None]] = {}
     targets: dict[int, Target] = {}
     written: dict[str, str] = {}
@@ -147,7 +149,7 @@ def load(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
         written[name] = target.parameter + ("" if target.shard is None else f" [{target.shard}]")
     unwritten = {}
     optional = _cache_scales(model)
-    for name, parameter in model.named_parameters():
+    for name, parameter in to_fill:
         if id(parameter) in optional and id(parameter) not in filled:
             continue
         done = filled.get(id(parameter), [])

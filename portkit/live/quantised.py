@@ -5,6 +5,8 @@ activations, found while running: on the CPU int8 (vLLM's oneDNN and AMX kernels
 compute capability 8.9 on fp8 (e4m3), before that int8. int4 for weights alone, a scale for each 32
 inputs, eight weights in an int32, on either. An ignore list leaves some layers as they are, among
 them the parts of a fused one: vLLM finds them only by right prefixes and packed_modules_mapping.
+
+And fp8 without a copy: vLLM rounds while it loads the checkpoint as it is ("online", on either).
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from torch import nn
 from portkit.live.checkpoint import INDEX, Checkpoint
 from portkit.live.loader import read_tensors
 
+Way = Literal["8 bits", "4 bits", "online"]
+"""What is quantised: a copy of the checkpoint in so many bits, or vLLM does it while loading."""
 Format = Literal["int8", "fp8", "int4"]
 LARGEST = {"int8": 127.0, "fp8": 448.0, "int4": 7.0}
 LARGEST_WEIGHT = {"int8": 63.0, "fp8": 448.0, "int4": 7.0}
@@ -53,15 +57,17 @@ class Plan:
     and vLLM's CPU build has no 8-bit kernel for experts."""
 
 
-def format_for(device: str, bits: int = 8) -> Format:
-    """Return what vLLM can run on this device ("cpu" or "cuda") in 8 or 4 bits."""
-    if bits == 4:
+def format_for(device: str, way: Way) -> Format | None:
+    """Return what vLLM can run on this device ("cpu" or "cuda"), None if it can't do that."""
+    if way == "4 bits":
         return "int4"
     if device == "cpu":
-        return "int8"
+        return "fp8" if way == "online" else "int8"
     from vllm.platforms import current_platform
 
-    return "fp8" if current_platform.has_device_capability(89) else "int8"
+    if current_platform.has_device_capability(89):
+        return "fp8"
+    return None if way == "online" else "int8"
 
 
 def plan(
@@ -194,8 +200,7 @@ def settings(plan: Plan, format: Format) -> dict[str, Any]:
             format
         ],
         "quantization_status": "compressed",
-        # vLLM asks for an expert's linears by name: experts.0.w1.
-        "ignore": [*plan.ignored, *(f"re:{re.escape(name)}\\..*" for name in plan.experts)],
+        "ignore": ignore_list(plan),
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
@@ -204,6 +209,23 @@ def settings(plan: Plan, format: Format) -> dict[str, Any]:
             }
         },
     }
+
+
+def online(plan: Plan) -> dict[str, Any]:
+    """Return vllm.LLM's options for weights rounded to fp8 while loading, a scale per row.
+
+    vLLM calls that fp8_per_channel; activations have a scale per token, as in the copy.
+    """
+    return {
+        "quantization": "online",
+        "quantization_config": {"linear": "fp8_per_channel", "ignore": ignore_list(plan)},
+    }
+
+
+def ignore_list(plan: Plan) -> list[str]:
+    """Return the layers to leave alone, as vLLM matches them."""
+    # vLLM asks for an expert's linears by name: experts.0.w1.
+    return [*plan.ignored, *(f"re:{re.escape(name)}\\..*" for name in plan.experts)]
 
 
 def quantise(weight: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
-"""Job: run the port on a quantised copy of its checkpoint, beside Transformers rounded alike.
+"""Job: run the port quantised, beside Transformers rounded alike.
 
-args: "loader", "portkit" (default) or "port"; "bits", 8 (default) or 4 (weights alone).
+args: "loader", "portkit" (default) or "port"; "way", "8 bits" or "4 bits" (a quantised copy of the
+checkpoint, in 4 bits its weights alone) or "online" (vLLM rounds to fp8 while it loads).
 value: format, ignored, layers [path, class, members, expected, actual], cases [prompt, mean and
 largest difference to Transformers quantised alike, mean difference that quantising makes at all],
 difference, effect (means over all of them), tolerance [part of the effect, reason];
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from vllm.config.model import _FLOAT16_NOT_SUPPORTED_MODELS
 from vllm.model_executor.kernels.linear.scaled_mm import cpu as cpu_kernels
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 
 from portkit.live.checkpoint import open_checkpoint
 from portkit.live.device import find_device
@@ -30,8 +33,10 @@ from portkit.live.quantised import (
     GROUP,
     Format,
     Plan,
+    Way,
     format_for,
     logprobs,
+    online,
     plan,
     quantised_original,
     write_copy,
@@ -40,7 +45,7 @@ from portkit.live.reference import load_model, original_class
 from portkit.port import Port
 
 TOLERANCE = {
-    ("int8", "float32"): (
+    ("8 bits", "float32"): (
         0.3,
         "both sides round alike, so most prompts agree to 1e-5; but float32 sums in another "
         "order can push an activation over a rounding step, which a single time moves a prompt by "
@@ -72,7 +77,10 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     port = Port(Path(request.port_root))
     checkpoint = open_checkpoint(port.checkpoint)
     device = find_device()[0]
-    format = format_for(device, request.args.get("bits", 8))
+    way: Way = request.args["way"]
+    format = format_for(device, way)
+    if format is None:
+        return {"nothing": "vLLM has no fp8 kernel for this GPU (it wants compute capability 8.9)"}
     packed = dict(getattr(port_class(port), "packed_modules_mapping", None) or {})
     original = load_model(original_class(port), checkpoint)
     chosen = plan(original, set(checkpoint.names), packed, format)
@@ -81,18 +89,24 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
             "nothing": "the original has no nn.Linear that its checkpoint names"
             + (f" and whose sizes divide by {GROUP}" if format == "int4" else "")
         }
-    folder = port.state_dir / "cache" / "quantised"
-    say(f"writing an {format} copy of the checkpoint")
-    write_copy(checkpoint, folder, chosen, format)
+    folder = checkpoint.root
+    if way != "online":
+        folder = port.state_dir / "cache" / "quantised"
+        say(f"writing an {format} copy of the checkpoint")
+        write_copy(checkpoint, folder, chosen, format)
     for dtype in _dtypes(format, device):
-        options: dict[str, Any] = {"dtype": dtype}
+        options: dict[str, Any] = {"dtype": dtype, **(online(chosen) if way == "online" else {})}
         if device == "cuda":
             options["attention_config"] = None  # vLLM may choose its usual attention
         elif format == "int8":
             # On a CPU with AMX vLLM prefers a kernel that takes no float32; oneDNN's, its choice on
             # every other CPU, does. A job is a process of its own: nothing has to be put back.
             cpu_kernels.check_cpu_sgl_kernel = lambda *_: False
-        say(f"starting vLLM on the {format} copy, in {dtype}")
+        elif format == "fp8":
+            # vLLM asks for 16 bits here whatever the device; its fp8 kernels for CPUs, which it
+            # would run in float16, give float32 too.
+            OnlineQuantizationConfig.get_supported_act_dtypes = lambda *_: [torch.float32]
+        say(f"starting vLLM, quantised to {format}, in {dtype}")
         with start(
             port.root, loader=request.args.get("loader", "portkit"), checkpoint=folder, **options
         ) as engine:
@@ -145,11 +159,11 @@ def _finite_in_half(
 def _dtypes(format: Format, device: str) -> tuple[str, ...]:
     """Return the dtypes to try, one after the other, until the port's numbers are finite.
 
-    Neither a GPU's 8-bit kernels nor those of 4 bits give float32. Of the two that they give,
-    float16 has three bits more, so that fewer activations cross a rounding step. On a CPU it is the
-    only one: many lack the instructions that vLLM's CPU build has for bfloat16.
+    A CPU's 8-bit kernels give float32, a GPU's and those of 4 bits do not. Of the two that these
+    give, float16 has three bits more, so that fewer activations cross a rounding step. On a CPU it
+    is the only one: many lack the instructions that vLLM's CPU build has for bfloat16.
     """
-    if device == "cpu" and format == "int8":
+    if device == "cpu" and format != "int4":
         return ("float32",)
     # vLLM refuses float16 for these, whose published weights leave its range. Whether the weights
     # at hand do is seen. A job is a process of its own: nothing has to be put back.
@@ -158,7 +172,9 @@ def _dtypes(format: Format, device: str) -> tuple[str, ...]:
 
 
 def _tolerance(format: Format, dtype: str) -> tuple[float, str]:
-    return TOLERANCE.get((format, dtype)) or TOLERANCE["8 bits", "float16"]
+    if format == "int4":
+        return TOLERANCE[format, dtype]
+    return TOLERANCE["8 bits", "float32" if dtype == "float32" else "float16"]
 
 
 def _layers(model: nn.Module, chosen: Plan, packed: dict[str, list[str]]) -> list[dict[str, Any]]:
@@ -177,9 +193,13 @@ def _layers(model: nn.Module, chosen: Plan, packed: dict[str, list[str]]) -> lis
                 "expected": any(m in chosen.quantised for m in members),
                 "known": any(m in chosen.quantised or m in chosen.ignored for m in members),
                 "actual": not isinstance(module.quant_method, UnquantizedLinearMethod),
-                "scheme": type(getattr(module, "scheme", None)).__name__
-                if hasattr(module, "scheme")
-                else "",
+                "scheme": _scheme(module),
             }
         )
     return rows
+
+
+def _scheme(layer: LinearBase) -> str:
+    if isinstance(layer.quant_method, UnquantizedLinearMethod):
+        return ""
+    return type(getattr(layer, "scheme", layer.quant_method)).__name__

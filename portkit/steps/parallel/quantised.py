@@ -1,8 +1,8 @@
-"""The check of quantised copies: 8 bits for weights and activations, then 4 for weights alone."""
+"""The check of quantised runs: a copy in 8 bits, one with weights of 4, and fp8 while loading."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from portkit.checks.base import Check, CheckContext
 from portkit.checks.verdict import Table, Verdict
@@ -10,49 +10,75 @@ from portkit.live.evidence import run_with_a_loader
 from portkit.live.job import JobResult
 from portkit.steps.parallel.rehearsals import STEP
 
+if TYPE_CHECKING:
+    from portkit.live.quantised import Way
+
+NAMES: dict[Way, str] = {
+    "8 bits": "The 8-bit copy",
+    "4 bits": "The 4-bit copy",
+    "online": "The port, rounded to fp8 while loading,",
+}
+NEXT = (
+    "Unquantised the port is right, so look at where scales go: they follow their weight's shard.",
+    "From a quantised copy the port is right, so look at how load_weights fills parameters: vLLM "
+    "rounds a layer when its parameters' weight_loader has taken all of it.",
+)
+CAUSES = (
+    (
+        "the scales of a fused layer's parts are swapped (shard ids of q, k, v or gate, up)",
+        "a weight is loaded without its scale",
+    ),
+    (
+        "load_weights writes into a parameter's data itself: while vLLM quantises there is none "
+        "(it is on the meta device), and what is written is lost",
+        "load_weights hands a tensor on twice, or only a part of it",
+    ),
+)
+
 
 class QuantisedRun(Check):
-    """Quantised copies of the checkpoint run: the right layers, with the right scales.
+    """The port runs quantised: the right layers, with the right scales.
 
     portkit rounds the checkpoint to 8 bits (compressed-tensors, a scale per row, an ignore list
-    with the parts of a fused layer), then to 4 (a scale per 32 inputs, packed into int32), and
-    compares with Transformers computing with the same rounding. Proves nothing about the quality
-    that a quantised model has.
+    with the parts of a fused layer), then to 4 (a scale per 32 inputs, packed into int32), and has
+    vLLM round it to fp8 while loading. Each run is compared with Transformers computing with the
+    same rounding. Proves nothing about the quality that a quantised model has.
     """
 
     id = "quantised_run"
     step = STEP
-    title = "A quantised checkpoint runs as its config says"
+    title = "The port runs quantised, as a config says"
     requires = ("rehearsal_tp1",)
 
     def run(self, context: CheckContext) -> Verdict:
-        eight = self._in(context, 8)
-        if eight.status == "failed":
-            return eight
-        four = self._in(context, 4)
-        if "passed" not in (eight.status, four.status) or four.status == "failed":
-            return four if four.status == "failed" else eight
+        verdicts = []
+        for way in NAMES:
+            verdict = self._in(context, way)
+            if verdict.status not in ("passed", "skipped"):
+                return verdict
+            verdicts.append(verdict)
+        passed = [v for v in verdicts if v.status == "passed"]
+        if not passed:
+            return verdicts[0]
         return self.passed(
-            f"{eight.what} {four.what}",
-            *eight.tables,
-            *four.tables,
-            device=four.device,
-            device_reason=four.device_reason,
-            seconds=eight.seconds + four.seconds,
+            " ".join(v.what for v in verdicts),
+            *(table for v in passed for table in v.tables),
+            device=passed[0].device,
+            device_reason=passed[0].device_reason,
+            seconds=sum(v.seconds for v in verdicts),
         )
 
-    def _in(self, context: CheckContext, bits: int) -> Verdict:
-        """Return the verdict on the copy in that many bits."""
+    def _in(self, context: CheckContext, way: Way) -> Verdict:
+        """Return the verdict on the port quantised in that way."""
 
         def start(loader: str) -> JobResult:
-            return context.live.run(
-                "quantised", progress=context.progress, loader=loader, bits=bits
-            )
+            return context.live.run("quantised", progress=context.progress, loader=loader, way=way)
 
+        name = NAMES[way]
         job = run_with_a_loader(context, start, lambda found: not _right(found))
         if not job.ok:
             return self.failed(
-                f"The {bits}-bit copy does not run: {job.what}",
+                f"{name} does not run: {job.what}",
                 where=job.where,
                 next=job.next,
                 log=job.log_tail,
@@ -66,13 +92,13 @@ class QuantisedRun(Check):
             )
         found = job.value
         if "nothing" in found:
-            return self.skipped(
-                f"There is nothing to quantise in {bits} bits: {found['nothing']}.", job=job
-            )
-        return self._judged(context, found, job)
+            return self.skipped(f"{name} has nothing to quantise: {found['nothing']}.", job=job)
+        return self._judged(context, way, found, job)
 
-    def _judged(self, context: CheckContext, found: dict[str, Any], job: JobResult) -> Verdict:
-        layers, cases = _layers(found), _cases(found)
+    def _judged(
+        self, context: CheckContext, way: Way, found: dict[str, Any], job: JobResult
+    ) -> Verdict:
+        layers, cases = _layers(found, way), _cases(found, way)
         wrong = [r for r in found["layers"] if r["known"] and r["expected"] != r["actual"]]
         if wrong:
             first = wrong[0]
@@ -94,24 +120,19 @@ class QuantisedRun(Check):
         # A NaN is no number below the limit either.
         if not found["difference"] <= limit:
             return self.failed(
-                f"In {found['format']} the log-probabilities differ from Transformers quantised "
-                f"alike by {found['difference']:.2g} "
-                f"in the mean; quantising itself changes them by {found['effect']:.2g}.",
+                f"{_in_format(found, way)} the log-probabilities differ from Transformers "
+                f"quantised alike by {found['difference']:.2g} in the mean; quantising itself "
+                f"changes them by {found['effect']:.2g}.",
                 layers,
                 cases,
                 job=job,
                 where=context.port.modeling.name,
-                next="Unquantised the port is right, so look at where scales go: they follow "
-                "their weight's shard.",
-                causes=(
-                    "the scales of a fused layer's parts are swapped (shard ids of q, k, v or "
-                    "gate, up)",
-                    "a weight is loaded without its scale",
-                ),
+                next=NEXT[way == "online"],
+                causes=CAUSES[way == "online"],
             )
         count = sum(r["actual"] for r in found["layers"])
         return self.passed(
-            f"{count} of {len(found['layers'])} layers run in {found['format']}, as the config "
+            f"{_in_format(found, way)} {count} of {len(found['layers'])} layers run, as the config "
             f"says; the mean difference to Transformers with the same rounding is "
             f"{found['difference']:.1e} (limit {limit:.1e}).",
             layers,
@@ -120,9 +141,15 @@ class QuantisedRun(Check):
         )
 
 
-def _layers(found: dict[str, Any]) -> Table:
+def _in_format(found: dict[str, Any], way: Way) -> str:
+    return f"In {found['format']}" + (", rounded while loading," if way == "online" else "")
+
+
+def _layers(found: dict[str, Any], way: Way) -> Table:
     return Table(
-        f"Layers of the {found['format']} copy",
+        f"Layers of the {found['format']} copy"
+        if way != "online"
+        else f"Layers, rounded to {found['format']} while loading",
         ("module", "of the checkpoint", "config says", "vLLM runs"),
         tuple(
             (
@@ -137,10 +164,11 @@ def _layers(found: dict[str, Any]) -> Table:
     )
 
 
-def _cases(found: dict[str, Any]) -> Table:
+def _cases(found: dict[str, Any], way: Way) -> Table:
     part, reason = found["tolerance"]
     return Table(
-        f"Against Transformers, rounded alike to {found['format']}",
+        f"Against Transformers, rounded alike to {found['format']}"
+        + (" (vLLM: while loading)" if way == "online" else ""),
         ("prompt", "mean difference", "largest", "what quantising changes (mean)"),
         tuple(
             (c["name"], f"{c['mean']:.1e}", f"{c['max']:.1e}", f"{c['effect']:.1e}")

@@ -33,6 +33,7 @@ CHECKS = (
     "tied_head",
     "bad_checkpoints",
     "load_memory",
+    "reload",
 )
 
 
@@ -78,6 +79,26 @@ LOADER = "        loader = AutoWeightsLoader(self)\n"
 
 def filtered(condition: str) -> Edit:
     return edit(LOADER, LOADER + f"        weights = ((n, w) for n, w in weights if {condition})\n")
+
+
+def past_the_loader(statement: str) -> Edit:
+    """Let load_weights take down_proj's weights itself, by the statement."""
+    return edit(
+        RETURN,
+        f"""        loaded = set()
+
+        def rest():
+            parameters = dict(self.named_parameters())
+            for name, weight in weights:
+                if name.endswith("down_proj.weight"):
+                    {statement}
+                    loaded.add(name)
+                else:
+                    yield name, weight
+
+        return loaded | loader.load_weights(rest(), mapper=self.hf_to_vllm_mapper)
+""",
+    )
 
 
 SEEDS: dict[str, tuple[Edit, str, tuple[str, ...], tuple[str, ...]]] = {
@@ -207,25 +228,29 @@ SEEDS: dict[str, tuple[Edit, str, tuple[str, ...], tuple[str, ...]]] = {
         ("coverage", "poisoned_load"),
     ),
     "the same part on every rank": (
-        edit(
-            RETURN,
-            """        loaded = set()
-
-        def rest():
-            parameters = dict(self.named_parameters())
-            for name, weight in weights:
-                if name.endswith("down_proj.weight"):
-                    parameters[name].data.copy_(weight[:, : parameters[name].shape[1]])
-                    loaded.add(name)
-                else:
-                    yield name, weight
-
-        return loaded | loader.load_weights(rest(), mapper=self.hf_to_vllm_mapper)
-""",
-        ),
+        past_the_loader("parameters[name].data.copy_(weight[:, : parameters[name].shape[1]])"),
         "load_parity_tp2",
         ("differ from Transformers", "weight_loader"),
         ("coverage", "load_parity"),
+    ),
+    "written past the weight_loader": (
+        past_the_loader("parameters[name].data.copy_(weight)"),
+        "reload",
+        ("mlp.down_proj.weight is not what it was", "data.copy_(weight)", "meta device"),
+        ("coverage", "poisoned_load", "load_parity"),
+    ),
+    "a scale that each load makes larger": (
+        edit(
+            RETURN,
+            RETURN.replace("return ", "loaded = ")
+            + """        norm = self.model.norm
+        norm.variance_epsilon *= 2
+        return loaded
+""",
+        ),
+        "reload",
+        ("although every parameter is what it was", "def load_weights"),
+        (),
     ),
 }
 

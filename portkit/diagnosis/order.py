@@ -37,6 +37,7 @@ ORDER = (
     "quantised_run",
     "bad_checkpoints",
     "load_memory",
+    "reload",
 )
 SLOW = (
     "rehearsal_tp4",
@@ -45,6 +46,7 @@ SLOW = (
     "quantised_run",
     "bad_checkpoints",
     "load_memory",
+    "reload",
     "impossible_ranks",
 )
 """Left out by `quick`: they seldom fail alone."""

@@ -4,26 +4,30 @@ args: "variant", "" for the port's checkpoint, "tied" or "untied" for one derive
 value: returned (the names that load_weights returned, None if it returned none), nan (parameter ->
 elements that are still NaN), coverage, memory, error (what load_weights or vLLM's check raised),
 stopped (the engine ended after a bad load), cases, divergence, misplaced (what does not hold its
-tensor), nan_case (one tensor with a NaN).
+tensor), nan_case (one tensor with a NaN), again (if all cases are right: loading into the running
+engine once more; error, changed parameters, the largest difference, or "nothing" with a reason).
 """
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from portkit.live.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from portkit.live.coverage import Tracer
 from portkit.live.derived import head_of, write_variant
 from portkit.live.device import find_device
-from portkit.live.engine import start
+from portkit.live.engine import Engine, start
 from portkit.live.failure import describe
 from portkit.live.ignored import ignored_by
 from portkit.live.job import JobRequest
@@ -65,6 +69,9 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
                 if value["divergence"]:
                     places = misplaced(engine.model, checkpoint)
                     value["misplaced"] = [(str(p), p.wanted) for p in places]
+            if all(case.ok for case in cases) and not value["nan"]:
+                say("loading again into the running engine")
+                value["again"] = _again(engine, prompts)
     except Exception as error:
         # What stops a model that was not loaded whole is told by what was not loaded.
         if "error" not in value and not value.get("nan"):
@@ -72,6 +79,54 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
         traceback.print_exc()
         value["stopped"] = describe(error, str(port.root))
     return value
+
+
+def _again(engine: Engine, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Poison the running model, let vLLM load it again, and see what that changed."""
+    if limit := _cannot_load_again(engine.model):
+        return {"nothing": limit}
+    before, was = engine.prompt_logprobs(prompts), _sums(engine.model)
+    poison(engine.model)
+    try:
+        engine.llm.collective_rpc("reload_weights")
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": describe(error, str(engine.port.root))}
+    now = _sums(engine.model)
+    after = engine.prompt_logprobs(prompts)
+    return {
+        "changed": [name for name, sums in was.items() if now.get(name) != sums],
+        "difference": max(map(_distance, before, after)),
+    }
+
+
+def _sums(model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Return parameter -> sum and sum of magnitudes, for those of numbers with a point."""
+    return {
+        name: (float(p.data.double().sum()), float(p.data.double().abs().sum()))
+        for name, p in model.named_parameters()
+        if p.is_floating_point()
+    }
+
+
+def _cannot_load_again(model: nn.Module) -> str:
+    """Return what vLLM itself does not load again, whatever the port does; "" if nothing."""
+    modules = list(model.modules())
+    if find_device()[0] == "cpu" and any(isinstance(m, RoutedExperts) for m in modules):
+        return "vLLM's kernel for experts on a CPU packs their weights the first time only"
+    owned = [{id(p) for p in m.parameters(recurse=False)} for m in modules]
+    owners = Counter(parameter for own in owned for parameter in own)
+    if any(own and 0 < sum(owners[p] > 1 for p in own) < len(own) for own in owned):
+        return (
+            "vLLM loads no layer again that shares one parameter with another layer (a tied "
+            "head) and has one of its own (its bias)"
+        )
+    return ""
+
+
+def _distance(one: np.ndarray, other: np.ndarray) -> float:
+    """Return the largest difference, infinite where only one is NaN."""
+    return float(np.nan_to_num(np.abs(one - other), nan=np.inf).max(initial=0.0))
 
 
 def _memory(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from portkit.steps.weights.parity import (
     line_of_loading,
     place,
 )
+from portkit.steps.weights.reload import Reload
 
 
 class CoverageCheck(Check):
@@ -326,4 +327,5 @@ CHECKS = (
     TiedHead,
     BadCheckpoints,
     LoadMemory,
+    Reload,
 )

@@ -44,14 +44,14 @@ WRITTEN = [
     # Three layouts of one projection: each is a group per KV head. ALiBi by config is refused.
     ("falcon", "forward", "qkv.unflatten(-1, (self.num_kv_heads, -1)).split("),
     ("falcon", "weights", "self.query_key_value = QKVParallelLinear("),
-    ("falcon", "weights", "fused = loaded_weight.unflatten(dim, (self.total_num_kv_heads, -1))"),
+    ("falcon", "weights", "fused = weight.unflatten(dim, (self.total_num_kv_heads, -1))"),
     ("falcon", "weights", '"config.alibi is not ported: the original puts the ALiBi bias into'),
     # A table of sines that attention looks up; q, v, k in four blocks.
     ("gptj", "weights", "query, key = self.rotary_emb(positions, query, key)"),
     ("gptj", "weights", '"rope_dim": config.rotary_dim'),
     ("codegen", "weights", "qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)"),
-    ("codegen", "weights", "fused = loaded_weight.unflatten(dim, (4, -1))"),
-    ("codegen", "weights", '"qvk",\n            fused.split('),
+    ("codegen", "weights", "fused = weight.unflatten(dim, (4, -1))"),
+    ("codegen", "weights", "q, v, k = ("),
     # A bias that attention hands to its layer: attention adds it, where all ranks have the sum.
     (
         "gpt_neox_japanese",

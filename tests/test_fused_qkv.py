@@ -83,7 +83,7 @@ def test_rows_by_head_are_put_in_order_when_loading() -> None:
     for step in ("forward", "parallel"):
         ((_, source),) = drafted(source, architecture, step).files
     assert "self.query_key_value = QKVParallelLinear(" in source
-    assert "param.weight_loader = partial(self.load_fused_qkv, param.weight_loader)" in source
-    assert 'zip("qkv", fused.chunk(3, dim + 1))' in source
+    assert "for part in fused.chunk(3, dim + 1)" in source
+    assert "return AutoWeightsLoader(self).load_weights(in_order())" in source
     # vLLM would give an adapter's rows as they come.
     assert "(nn.Module, SupportsPP)" in source and "# No SupportsLoRA: query_key_value" in source

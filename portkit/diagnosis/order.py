@@ -9,6 +9,7 @@ from typing import Any
 from portkit.adopt import adopted
 from portkit.checks.base import Check
 from portkit.checks.runner import checks_of
+from portkit.live.evidence import has_load_weights
 from portkit.port import Port
 
 # A fault in one row explains failures in the rows below it. Left out is what another row shows with
@@ -91,7 +92,7 @@ def steps_that_apply(port: Port) -> tuple[str, ...]:
     found.append("forward")
     if adopted(port) or PARALLEL.search(source):
         found.append("parallel")
-    if adopted(port) or "def load_weights" in source:
+    if adopted(port) or has_load_weights(port):
         found.append("weights")
     return tuple(found)
 

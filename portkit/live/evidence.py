@@ -19,6 +19,7 @@ from portkit.live.loads import coverage_problems
 if TYPE_CHECKING:
     from portkit.checks.base import CheckContext
     from portkit.live.job import JobResult
+    from portkit.port import Port
 
 
 @dataclass
@@ -52,6 +53,21 @@ def gather(
             del _pieces[name]
     piece.taken_by.add(check)
     return piece.result
+
+
+def has_load_weights(port: Port) -> bool:
+    """Whether the model's own class has a load_weights; a block inside may have one long before."""
+    source = port.source
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return "def load_weights" in source
+    return any(
+        isinstance(node, ast.ClassDef)
+        and node.name == port.architecture
+        and any(isinstance(m, ast.FunctionDef) and m.name == "load_weights" for m in node.body)
+        for node in tree.body
+    )
 
 
 def loads_by_name(source: str) -> bool:

@@ -140,7 +140,7 @@ def load(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
         parameter = parameters[target.parameter]
         if place is None:
             stored = tensor.t() if _is_transposed(model, name) else tensor
-            _write(parameter, stored, name, target)
+            _write(model, parameter, stored, name, target)
         done = filled.setdefault(id(parameter), [])
         if target.shard in done:
             twice.append(target.parameter)
@@ -216,10 +216,24 @@ def _is_aliased_head(model: nn.Module, parameters: dict[str, torch.Tensor], name
     )
 
 
-def _write(parameter: torch.Tensor, tensor: torch.Tensor, name: str, target: Target) -> None:
+def _reorders(model: nn.Module, target: Target) -> nn.Module | None:
+    """Return the block whose own load_weights puts the rows of its fused projection in order."""
+    path, _, _ = target.parameter.rpartition(".")
+    if target.shard is not None or not isinstance(model.get_submodule(path), QKVParallelLinear):
+        return None
+    block = model.get_submodule(path.rpartition(".")[0])
+    return block if block is not model and hasattr(block, "load_weights") else None
+
+
+def _write(
+    model: nn.Module, parameter: torch.Tensor, tensor: torch.Tensor, name: str, target: Target
+) -> None:
     weight_loader = getattr(parameter, "weight_loader", default_weight_loader)
+    block = _reorders(model, target)
     try:
-        if target.shard is None:
+        if block is not None:
+            block.load_weights([(".".join(target.parameter.split(".")[-2:]), tensor)])
+        elif target.shard is None:
             weight_loader(parameter, tensor)
         else:
             weight_loader(parameter, tensor, target.shard)

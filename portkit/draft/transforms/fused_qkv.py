@@ -17,7 +17,6 @@ from portkit.draft.transforms.attention_values import Value
 from portkit.draft.work import Work, set_method
 
 SPLIT = "qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)"
-_LOADER = "load_fused_qkv"
 
 
 def cut_flat(
@@ -63,26 +62,15 @@ def reorders(facts: AttentionFacts | None) -> bool:
     return facts is not None and facts.fused is not None and not facts.fused.is_plain
 
 
-def loader_statements(facts: AttentionFacts) -> list[edit.Statement]:
-    """What `__init__` needs behind the projection if the checkpoint's rows are in another order."""
+def add_loader(cls: cst.ClassDef, facts: AttentionFacts) -> cst.ClassDef:
+    """The method that puts the checkpoint's rows in vLLM's order, if they are in another.
+
+    AutoWeightsLoader calls the load_weights of a module inside the model for what is below it. A
+    weight_loader around the layer's own would not do: vLLM exchanges that when it quantises while
+    loading, or loads again.
+    """
     layout = facts.fused
     if not reorders(facts):
-        return []
-    return [
-        edit.comment_before(
-            edit.statement(f"""
-for param in self.{layout.attr}.parameters():
-    param.weight_loader = partial(self.{_LOADER}, param.weight_loader)
-"""),
-            f"The checkpoint keeps {words(layout)}.",
-        )
-    ]
-
-
-def add_loader(cls: cst.ClassDef, facts: AttentionFacts) -> cst.ClassDef:
-    """The method that puts the checkpoint's rows in vLLM's order."""
-    layout = facts.fused
-    if not loader_statements(facts):
         return cls
     groups = {"1": "1", "heads": "self.total_num_heads", "kv_heads": "self.total_num_kv_heads"}
     group = groups.get(layout.groups, layout.groups)
@@ -100,20 +88,18 @@ def add_loader(cls: cst.ClassDef, facts: AttentionFacts) -> cst.ClassDef:
         sizes = ", ".join(q if letter == "q" else kv for letter in layout.order)
         cut = f"fused.split([{sizes}], dim + 1)"
     method = edit.function(f"""
-def {_LOADER}(
-    self,
-    load: Callable[..., None],
-    param: nn.Parameter,
-    loaded_weight: torch.Tensor,
-    shard_id: str | None = None,
-) -> None:
-    dim = getattr(param, "output_dim", None)
-    if dim is None or shard_id is not None:
-        load(param, loaded_weight, shard_id)
-        return
-    fused = loaded_weight.unflatten(dim, ({group}, -1))
-    for shard_id, part in zip("{layout.order}", {cut}):
-        load(param, part.flatten(dim, dim + 1), shard_id)
+def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    def in_order() -> Iterable[tuple[str, torch.Tensor]]:
+        for name, weight in weights:
+            layer, _, kind = name.rpartition(".")
+            dim = getattr(getattr(self.{layout.attr}, kind, None), "output_dim", None)
+            if layer == "{layout.attr}" and dim is not None:
+                fused = weight.unflatten(dim, ({group}, -1))
+                {", ".join(layout.order)} = (part.flatten(dim, dim + 1) for part in {cut})
+                weight = torch.cat([q, k, v], dim)
+            yield name, weight
+
+    return AutoWeightsLoader(self).load_weights(in_order())
 """)
     doc = edit.statement(
         f'"""Put the rows in vLLM\'s order; the checkpoint keeps {words(layout)}."""'

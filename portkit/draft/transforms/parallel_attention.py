@@ -14,7 +14,7 @@ from portkit.draft.blocker import Blocker
 from portkit.draft.transforms.alibi_slopes import slopes_of_this_rank
 from portkit.draft.transforms.constructors import add_parameter, linear_statement
 from portkit.draft.transforms.forward_attention import local_name
-from portkit.draft.transforms.fused_qkv import add_loader, loader_statements
+from portkit.draft.transforms.fused_qkv import add_loader
 from portkit.draft.transforms.parallel_flow import add_norm_helper, rewrite_forward
 from portkit.draft.transforms.parallel_latent import port_latent_attention
 from portkit.draft.transforms.parallel_parts import gate_statement, norms_of_own_heads, own_parts
@@ -175,7 +175,6 @@ self.{fused} = QKVParallelLinear(
 """)
                 )
             )
-            body += loader_statements(facts)
         elif attr in removed:
             continue
         elif attr == facts.o.attr:

@@ -19,11 +19,10 @@ from portkit.draft.transforms.constructors import add_parameter, linear_statemen
 from portkit.draft.work import Work, set_method
 
 _LOAD_OWN_HEADS = '''
-def load_own_heads(
-    param: torch.Tensor, loaded_weight: torch.Tensor, copies: int = 1
-) -> None:
-    """Take this rank's heads; `copies` ranks in a row hold the same ones."""
-    start = get_tensor_model_parallel_rank() // copies * param.shape[0]
+def load_own_heads(param: torch.Tensor, loaded_weight: torch.Tensor) -> None:
+    """Take this rank's heads; `param.head_copies` ranks in a row hold the same ones."""
+    rank = get_tensor_model_parallel_rank() // getattr(param, "head_copies", 1)
+    start = rank * param.shape[0]
     default_weight_loader(param, loaded_weight[start : start + param.shape[0]])
 '''
 _RANK = "get_tensor_model_parallel_rank()"
@@ -139,15 +138,15 @@ def own_parts(
         made = edit.replace(
             node, lambda n: _renamed(n, kv_heads if kv else heads, own, facts, view)
         )
-        loader = (
-            "partial(load_own_heads, copies=self.num_kv_head_copies)" if kv else ("load_own_heads")
-        )
+        attrs = '"weight_loader": load_own_heads'
+        if kv:
+            attrs += ', "head_copies": self.num_kv_head_copies'
         written = (
             [f"self.{attr}"]
             if attr in parameters
             else [f"self.{attr}.{p}" for p in _weights(work, facts, attr)]
         )
-        lines = [f'set_weight_attrs({w}, {{"weight_loader": {loader}}})' for w in written]
+        lines = [f"set_weight_attrs({w}, {{{attrs}}})" for w in written]
         if isinstance(value, cst.IfExp):
             lines = [f"if self.{attr} is not None:\n    {line}" for line in lines]
         return [made, *(edit.statement(line) for line in lines)]

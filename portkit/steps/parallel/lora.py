@@ -8,7 +8,7 @@ from typing import Any
 from portkit.checks.base import Check, CheckContext
 from portkit.checks.verdict import Table, Verdict
 from portkit.live.checkpoint import open_checkpoint
-from portkit.live.evidence import gather
+from portkit.live.evidence import gather, has_load_weights
 from portkit.live.job import JobResult
 from portkit.live.rank_counts import refusal
 from portkit.steps.parallel.rehearsals import STEP, place
@@ -145,7 +145,7 @@ class LoraAdapters(Check):
         What it does, packed_modules_mapping need not do: portkit's loader would be misled by the
         same mistake that misleads adapters.
         """
-        own = context.loader or ("port" if "def load_weights" in context.port.source else "portkit")
+        own = context.loader or ("port" if has_load_weights(context.port) else "portkit")
         job = gather(context, self.id, "lora", loader=own)
         if context.loader or own == "portkit" or (job.ok and _loaded_right(job.value)):
             return job, own

@@ -8,6 +8,7 @@ from typing import Any
 from portkit.checks.verdict import Table
 from portkit.live import layers
 from portkit.live.client import live_for
+from portkit.live.evidence import has_load_weights
 from portkit.live.job import JobResult
 from portkit.port import Port
 from portkit.report.blocks import Block, Line, Log, Report
@@ -28,7 +29,7 @@ def rehearse(
     the config rules out are a report that is not ok.
     """
     live = live_for(port)
-    loader = "port" if "def load_weights" in port.source else "portkit"
+    loader = "port" if has_load_weights(port) else "portkit"
     job = live.run(
         "rehearsal", timeout=TIMEOUT, progress=progress, ranks=ranks, stages=stages, loader=loader
     )

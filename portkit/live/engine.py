@@ -227,16 +227,10 @@ def start(
     ModelRegistry.register_model(port.architecture, cls)
     reach = longest(opened.config, profile)
     block = int(profile.options["block_size"])
-    if profile.device == "cuda" and getattr(cls, "is_hybrid", False):
-        # vLLM makes a block as large as the state of a recurrent layer, any multiple of 16 tokens,
-        # and FlexAttention wants a power of two. A block that is larger already stays as it is.
-        block = 256
     options = {
         **profile.options,
         "max_model_len": reach,
-        "block_size": block,
-        # Room for two of the longest prompts. Filling the cache's memory takes seconds on a CPU,
-        # and FlexAttention without a compiler (CUDA, float32, eager) computes over all blocks.
+        # Room for two of the longest prompts. Filling the cache's memory takes seconds on a CPU.
         "num_gpu_blocks_override": 2 * (reach // block) + 32,
         "load_format": portkit_loader.LOAD_FORMAT if loader == "portkit" else "safetensors",
         "tensor_parallel_size": tensor_parallel_size,

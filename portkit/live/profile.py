@@ -105,8 +105,9 @@ CUDA = Profile(
     far=2048,
     options={
         **_OPTIONS,
-        # The Triton kernel multiplies float32 as TF32 (three decimal digits); this one does not.
-        "attention_config": {"backend": "FLEX_ATTENTION"},
+        # Float32, and everything that attention can have: FlexAttention takes neither soft-caps nor
+        # ALiBi, FlashAttention no float32. environment.py keeps Triton from multiplying as TF32.
+        "attention_config": {"backend": "TRITON_ATTN"},
         # The GPU may be shared by a room: a small part must be free, and the cache's size is given,
         # since vLLM's measuring of it stops when a neighbour frees memory meanwhile.
         "gpu_memory_utilization": 0.05,

@@ -35,11 +35,25 @@ class {name}(RoutedExperts):
                 weight = weight.chunk(size, dim=1)[rank].transpose(1, 2)
 {biases}            else:
                 raise ValueError(f"{{self.layer_name}} has no place for {{name}}.")
-            for expert, loaded in enumerate(weight):
-                local = self._map_global_expert_id_to_local_expert_id(expert)
-                if local >= 0:
-                    getattr(self, param).data[local].copy_(loaded)
+            target = getattr(self, param)
+            for expert_id, loaded in enumerate(weight):
+                target.weight_loader(target, loaded, param, "", expert_id)
             yield param
+
+    def weight_loader(
+        self,
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        """Take what load_weights has cut out for this rank."""
+        local = self._map_global_expert_id_to_local_expert_id(expert_id)
+        if local >= 0:
+            param.data[local].copy_(loaded_weight)
+        return True if return_success else None
 '''
 _BIASES = """\
             elif name == "{gate_up}":
@@ -66,8 +80,9 @@ class {name}(RoutedExperts):
             experts = weight.unflatten(0, (self.global_num_experts, -1))
             if shard_id == "w2":  # stored as [in, out]
                 experts = experts.transpose(1, 2)
+            target = getattr(self, param)
             for expert_id, loaded in enumerate(experts):
-                self.weight_loader(getattr(self, param), loaded, param, shard_id, expert_id)
+                target.weight_loader(target, loaded, param, shard_id, expert_id)
             yield param
 '''
 

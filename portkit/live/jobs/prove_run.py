@@ -50,7 +50,7 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
         "enforce_eager": args["eager"],
         "dtype": args["dtype"],
         "max_model_len": longest,
-        # Eager FlexAttention (CUDA, float32) computes over every block that there is.
+        # vLLM would measure how many there is room for, and on a CPU fill them: seconds.
         "num_gpu_blocks_override": 256 if args["eager"] else None,
     }
     if args["dtype"] == "auto":

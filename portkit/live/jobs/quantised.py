@@ -96,13 +96,11 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
         write_copy(checkpoint, folder, chosen, format)
     for dtype in _dtypes(format, device):
         options: dict[str, Any] = {"dtype": dtype, **(online(chosen) if way == "online" else {})}
-        if device == "cuda":
-            options["attention_config"] = None  # vLLM may choose its usual attention
-        elif format == "int8":
+        if device == "cpu" and format == "int8":
             # On a CPU with AMX vLLM prefers a kernel that takes no float32; oneDNN's, its choice on
             # every other CPU, does. A job is a process of its own: nothing has to be put back.
             cpu_kernels.check_cpu_sgl_kernel = lambda *_: False
-        elif format == "fp8":
+        elif device == "cpu" and format == "fp8":
             # vLLM asks for 16 bits here whatever the device; its fp8 kernels for CPUs, which it
             # would run in float16, give float32 too.
             OnlineQuantizationConfig.get_supported_act_dtypes = lambda *_: [torch.float32]

@@ -21,7 +21,7 @@ CAUSES = (
 
 
 class Reload(Check):
-    """Loaded again while it runs, the model gives what it gave before, bit by bit.
+    """Loaded again while it runs, the model gives what it gave before.
 
     vLLM's `reload_weights`, after all parameters were overwritten with NaN: what reinforcement
     learning does after each step, and sleep mode on waking. vLLM takes every parameter's data away,
@@ -54,8 +54,9 @@ class Reload(Check):
         where, written = _line_of_writing(context.port)
         # What writes past the weight_loader is in the file, or it is not.
         causes = CAUSES if written else CAUSES[1:]
-        changed = found["changed"]
-        if changed or found["difference"]:
+        changed, limit = found["changed"], job.value["tolerance"][0]
+        # On a GPU another place in memory can mean another kernel, which sums in another order.
+        if changed or not found["difference"] <= limit:
             return self.failed(
                 "Loaded again, the same weights give other log-probabilities, by up to "
                 f"{found['difference']:.3g}"
@@ -73,8 +74,8 @@ class Reload(Check):
                 job=job,
             )
         return self.passed(
-            "Overwritten with NaN and loaded again while it runs, the port gives the same "
-            "log-probabilities, bit by bit.",
+            "Overwritten with NaN and loaded again while it runs, all parameters are what they "
+            f"were; log-probabilities differ by {found['difference']:.1e} (tolerance {limit:g}).",
             job=job,
         )
 

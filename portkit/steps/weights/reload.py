@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from typing import Any
 
 from portkit.checks.base import Check, CheckContext
@@ -57,9 +58,13 @@ class Reload(Check):
         changed, limit = found["changed"], job.value["tolerance"][0]
         # On a GPU another place in memory can mean another kernel, which sums in another order.
         if changed or not found["difference"] <= limit:
+            other = (
+                f"other log-probabilities, by up to {found['difference']:.3g}"
+                if math.isfinite(found["difference"])
+                else "NaN"
+            )
             return self.failed(
-                "Loaded again, the same weights give other log-probabilities, by up to "
-                f"{found['difference']:.3g}"
+                f"Loaded again, the same weights give {other}"
                 + (
                     f": {changed[0]} is not what it was ({len(changed)} such parameters)."
                     if changed

@@ -103,6 +103,14 @@ def conversions_of(name: str) -> tuple[Conversion, ...]:
     return tuple(c for recorded in found if (c := _conversion(recorded)) is not None)
 
 
+def in_model(name: str, conversions: tuple[Conversion, ...]) -> str:
+    """Return what the model calls a tensor of a checkpoint, stacking left aside."""
+    for conversion in conversions:
+        if isinstance(conversion, Renaming):
+            name = re.sub(conversion.source, conversion.target.replace("\\.", "."), name)
+    return name
+
+
 def _conversion(recorded: _Recorded) -> Conversion | None:
     sources, targets = recorded.source_patterns, recorded.target_patterns
     sources = (sources,) if isinstance(sources, str) else tuple(sources)

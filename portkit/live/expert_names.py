@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.fused_moe import MoERunner
 
-from portkit.analysis.conversion import Conversion, Merge, conversions_of
+from portkit.analysis.conversion import Conversion, Merge, conversions_of, in_model
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,7 @@ class ExpertNames:
 
     def renamed(self, name: str) -> str:
         """The model's name of a checkpoint's tensor, stacking left aside."""
-        for conversion in self.conversions:
-            if not isinstance(conversion, Merge):
-                name = re.sub(conversion.source, conversion.target, name)
-        return name
+        return in_model(name, self.conversions)
 
     def write(
         self, parameters: dict[str, torch.Tensor], name: str, tensor: torch.Tensor

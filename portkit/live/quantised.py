@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from safetensors.torch import save_file
 from torch import nn
 
+from portkit.analysis.conversion import conversions_of, in_model
 from portkit.live.checkpoint import INDEX, Checkpoint
 from portkit.live.loader import read_tensors
 
@@ -49,10 +50,12 @@ class Plan:
 
     quantised: tuple[str, ...]
     """Module paths in the original, e.g. "model.layers.0.mlp.up_proj"."""
+    stored: Mapping[str, str]
+    """Module path in the original -> what the checkpoint calls it."""
     ignored: tuple[str, ...]
     """Those left as they are; the head is always one, and so are routers that are no nn.Linear: a
     port's may be one."""
-    experts: tuple[str, ...] = ()
+    experts: tuple[str, ...]
     """Modules that hold experts as one tensor each: left as they are. The copy does not round them,
     and vLLM's CPU build has no 8-bit kernel for experts."""
 
@@ -75,20 +78,26 @@ def plan(
 ) -> Plan:
     """Choose the layers: all linears but the head, a fused group of the last, one of the first.
 
-    `original` is Transformers' model (it may be on the meta device), `packed` the port's
-    packed_modules_mapping. A plan without `quantised` means that there is nothing to quantise.
+    `original` is Transformers' model (it may be on the meta device), `tensors` the checkpoint's
+    names, `packed` the port's packed_modules_mapping. A plan without `quantised` means that there
+    is nothing to quantise.
     """
+    conversions = conversions_of(str(getattr(original.config, "model_type", "")))
+    stored = {
+        in_model(name, conversions).removesuffix(".weight"): name.removesuffix(".weight")
+        for name in tensors
+        if name.endswith(".weight")
+    }
     head = original.get_output_embeddings()
     linears = [
         name
         for name, module in original.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     ]
-    # What the checkpoint calls otherwise than Transformers does is not rounded.
     names = [
         name
         for name in linears
-        if f"{name}.weight" in tensors
+        if name in stored
         and not _is_gate(original, name)
         and (format != "int4" or _fits(original, name, packed))
     ]
@@ -110,14 +119,14 @@ def plan(
         and not isinstance(module, nn.modules.conv._ConvNd)
     ]
     if experts:  # the checkpoint, and vLLM with it, may call them otherwise (block_sparse_moe)
-        stored = {match[1] for name in tensors if (match := EXPERT.match(name))}
-        experts += sorted(stored - set(experts))
+        holders = {match[1] for name in tensors if (match := EXPERT.match(name))}
+        experts += sorted(holders - set(experts))
     routers = [
         name
         for name, module in original.named_modules()
         if not isinstance(module, nn.Linear | nn.Embedding)
         and getattr(getattr(module, "weight", None), "ndim", 0) == 2
-        and f"{name}.weight" in tensors
+        and name in stored
     ]
     # What Transformers calls otherwise than the checkpoint, a port may call as the checkpoint does.
     known = {name for name, _ in original.named_modules()}
@@ -128,8 +137,10 @@ def plan(
         and name.removesuffix(".weight") not in known
         and not name.startswith(tuple(f"{holder}." for holder in experts))
     )
-    ignored = (*left, *heads, *routers, *renamed)
-    return Plan(tuple(n for n in names if n not in left), ignored, tuple(experts))
+    chosen = tuple(n for n in names if n not in left)
+    rounded = {stored[n] for n in chosen}
+    ignored = (*left, *heads, *routers, *(n for n in renamed if n not in rounded))
+    return Plan(chosen, stored, ignored, tuple(experts))
 
 
 def _is_gate(original: nn.Module, name: str) -> bool:
@@ -163,7 +174,7 @@ def write_copy(source: Checkpoint, target: Path, plan: Plan, format: Format) -> 
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     tensors: dict[str, torch.Tensor] = {}
-    chosen = {f"{name}.weight" for name in plan.quantised}
+    chosen = {f"{plan.stored[name]}.weight" for name in plan.quantised}
     for name, tensor in read_tensors(source):
         if name in chosen:
             bits, tensors[f"{name}_scale"] = quantise(tensor, format)

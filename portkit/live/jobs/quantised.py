@@ -178,6 +178,8 @@ def _tolerance(format: Format, dtype: str) -> tuple[float, str]:
 def _layers(model: nn.Module, chosen: Plan, packed: dict[str, list[str]]) -> list[dict[str, Any]]:
     """Return for each parallel linear whether it is quantised, and whether it should be."""
     rows = []
+    # A port may call a layer as Transformers does, or as the checkpoint.
+    rounded = {*chosen.quantised, *(chosen.stored[name] for name in chosen.quantised)}
     for path, module in model.named_modules():
         if not isinstance(module, LinearBase):
             continue
@@ -188,8 +190,8 @@ def _layers(model: nn.Module, chosen: Plan, packed: dict[str, list[str]]) -> lis
                 "path": path,
                 "class": type(module).__name__,
                 "members": members,
-                "expected": any(m in chosen.quantised for m in members),
-                "known": any(m in chosen.quantised or m in chosen.ignored for m in members),
+                "expected": any(m in rounded for m in members),
+                "known": any(m in rounded or m in chosen.ignored for m in members),
                 "actual": not isinstance(module.quant_method, UnquantizedLinearMethod),
                 "scheme": _scheme(module),
             }

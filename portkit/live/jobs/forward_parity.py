@@ -75,7 +75,9 @@ class _Evidence:
         self.prompts: Prompts = prompts_for(engine.port, engine.checkpoint, longest=self.longest)
         self.reference = Reference(engine.port, engine.checkpoint, device=engine.profile.device)
         self.vocab = engine.vocab_size
-        self.limit = engine.profile.measured(self.reference.noise(noise_prompt(self.vocab)))
+        noise = self.reference.noise(noise_prompt(self.vocab))
+        self.limit = engine.profile.measured(noise)
+        self.usual = engine.profile.allowed(noise)
 
     def gather(self, stages: Sequence[str]) -> dict[str, Any]:
         value: dict[str, Any] = {
@@ -232,13 +234,13 @@ class _Evidence:
             ours,
             alone.tokens,
             alone.logprobs,
-            self.engine.profile.itself.value,
+            max(self.engine.profile.itself.value, self.usual.value),
             start=len(ids) - 1,
         )
 
     def _far(self) -> dict[str, Any]:
         ids = self.prompts.far
-        limit = self.engine.profile.logprobs.value  # angles round more, the further out
+        limit = self.usual.value  # angles round more, the further out
         count = 4
         whole = len(ids) * self.vocab <= CELLS
         with self.engine.recorded_schedule() as steps:
@@ -351,15 +353,23 @@ class _Evidence:
             "tokens_computed": sum(n for step in steps for n in step.values()),
         }
         failed = [(case, situation) for case, situation in cases if not case.ok]
+        if failed:
+            worst = max(case.max_abs for case, _ in failed)
+
+            def telling(pair: tuple[Comparison, _Situation]) -> tuple[int, bool, bool, int]:
+                # Short enough to read, long enough that a cause that is tried cannot fit by chance;
+                # and a prompt that hardly shows the bug leads to where it is amplified.
+                case, situation = pair
+                faint = case.max_abs < worst / 10
+                return len(situation.prompts), len(situation.ids) < 8, faint, len(situation.ids)
+
+            shown = min(failed, key=telling)
+            situation = shown[1]
+            evidence["shown"] = cases.index(shown)
         if failed and self.trace:
             from portkit.live.divergence import first_divergence
 
             self.say("looking for the first diverging module")
-            # Short enough to read, long enough that a cause that is tried cannot fit by chance.
-            _, situation = min(
-                failed,
-                key=lambda pair: (len(pair[1].prompts), len(pair[1].ids) < 8, len(pair[1].ids)),
-            )
             with self.engine.embedding_inputs(situation.embeds):
                 evidence["divergence"] = self._guarded(
                     lambda: first_divergence(

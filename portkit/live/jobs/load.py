@@ -60,8 +60,8 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
             start(port.root, loader="port", checkpoint=checkpoint.root) as engine,
         ):
             say("comparing with Transformers")
-            value["tolerance"] = [engine.profile.logprobs.value, engine.profile.logprobs.reason]
-            cases, prompts = compare_with_reference(engine)
+            cases, prompts, tolerance = compare_with_reference(engine)
+            value["tolerance"] = [tolerance.value, tolerance.reason]
             value["cases"] = [case.to_dict() for case in cases]
             if not value["nan"]:
                 # With NaN in a weight, everything after it differs: the coverage says more.

@@ -29,9 +29,9 @@ from portkit.live.failure import chain
 from portkit.live.job import JobRequest
 from portkit.live.missing_kernels import missing_kernel
 from portkit.live.portmodule import port_class
-from portkit.live.prompts import prompts_for
+from portkit.live.prompts import noise_prompt, prompts_for
 from portkit.live.quantised import logprobs
-from portkit.live.reference import load_model, original_class
+from portkit.live.reference import Reference, load_model, original_class
 from portkit.live.rehearsal import how, rehearse
 from portkit.port import Port
 
@@ -102,7 +102,8 @@ class _Comparison:
         self.prompts = [ids[:n] for ids in short for n in (len(ids), len(ids) // 2) if n][:ROWS]
         self.plain = self._theirs({})
         self.numbers = itertools.count(1)
-        self.limit = engine.profile.logprobs
+        reference = Reference(engine.port, engine.checkpoint, device=engine.profile.device)
+        self.limit = engine.profile.allowed(reference.noise(noise_prompt(engine.vocab_size)))
 
     def gather(self, paths: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
         say("comparing with Transformers, adapted alike")

@@ -15,7 +15,8 @@ from typing import Any
 from portkit.live.engine import Engine
 from portkit.live.job import JobRequest
 from portkit.live.parity import Comparison, compare, compare_decode
-from portkit.live.prompts import prompts_for
+from portkit.live.profile import Tolerance
+from portkit.live.prompts import noise_prompt, prompts_for
 from portkit.live.rank_sizes import sizes
 from portkit.live.rank_view import start_counting, stop_counting
 from portkit.live.reference import Reference
@@ -35,12 +36,12 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     say(f"starting vLLM on {place}")
     with rehearse(port.root, ranks, stages=stages, loader=args.get("loader", "portkit")) as engine:
         say(f"comparing with Transformers on {place}")
-        cases, prompts = compare_with_reference(engine)
+        cases, prompts, tolerance = compare_with_reference(engine)
         value: dict[str, Any] = {
             "how": place,
             "ranks": ranks,
             "stages": stages,
-            "tolerance": [engine.profile.logprobs.value, engine.profile.logprobs.reason],
+            "tolerance": [tolerance.value, tolerance.reason],
             "cases": [case.to_dict() for case in cases],
         }
         value["sizes"] = engine.on_model(sizes)
@@ -56,17 +57,20 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     return value
 
 
-def compare_with_reference(engine: Engine) -> tuple[list[Comparison], list[Sequence[int]]]:
+def compare_with_reference(
+    engine: Engine,
+) -> tuple[list[Comparison], list[Sequence[int]], Tolerance]:
     """Compare prefill, in one batch, and greedy decoding with Transformers, float32.
 
-    Returns the comparisons (one per prompt: its prefill, or its decoding if only that differs) and
-    the prompts.
+    Returns the comparisons (one per prompt: its prefill, or its decoding if only that differs), the
+    prompts and the tolerance.
     """
     longest = int(engine.llm.llm_engine.model_config.max_model_len)
     prompts = list(prompts_for(engine.port, engine.checkpoint, longest=longest).short[:TEXTS])
-    limit = engine.profile.logprobs.value
     answers = engine.generate(prompts, DECODED, prompt_logprobs=True)
     reference = Reference(engine.port, engine.checkpoint, device=engine.profile.device)
+    tolerance = engine.profile.allowed(reference.noise(noise_prompt(engine.vocab_size)))
+    limit = tolerance.value
     cases = []
     for ids, answer in zip(prompts, answers, strict=True):
         found = compare(f"prompt of {len(ids)} tokens", answer.rows, reference.logprobs(ids), limit)
@@ -82,7 +86,7 @@ def compare_with_reference(engine: Engine) -> tuple[list[Comparison], list[Seque
             )
             found = found if decoded.ok and decoded.max_abs < found.max_abs else decoded
         cases.append(found)
-    return cases, prompts
+    return cases, prompts, tolerance
 
 
 def diverges_at(

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+OWN_WORKERS = ("test_worker.py", "test_notebooks.py", "test_setup.py")
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 # Set before anything imports torch, transformers or vLLM; child processes inherit them.
@@ -36,6 +37,15 @@ def pytest_xdist_auto_num_workers() -> int:
         return 1
     room = psutil.virtual_memory().total // (8 << 30)
     return max(1, min(len(os.sched_getaffinity(0)), room))
+
+
+@pytest.fixture(autouse=True)
+def worker_stays(request: pytest.FixtureRequest) -> None:
+    """Keep one handle on the worker open: it imports vLLM once for all files, not once for each."""
+    if request.node.get_closest_marker("vllm") and request.path.name not in OWN_WORKERS:
+        from portkit.live.client import live_for
+
+        live_for(None).device()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

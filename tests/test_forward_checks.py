@@ -85,6 +85,13 @@ SEEDS = {
         ONLY_LATER,
         ("model.layers.0.self_attn.attn", "never calls it", "paged cache"),
     ),
+    "attention that sees later tokens": Seed(
+        "layers.attention import Attention\n",
+        "layers.attention import PrefillPrefixLMAttention as Attention\n",
+        "starts",
+        ("interface",),
+        ("chunked prefill off", "not causal", "use Attention where"),
+    ),
     "attention scale": Seed(
         "self.head_dim**-0.5",
         "self.head_dim**-1.0",

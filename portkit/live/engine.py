@@ -275,6 +275,15 @@ def start(
                 f"{cls.__module__}.{cls.__qualname__}",
                 'Its name must be the one in config.json\'s "architectures".',
             )
+        scheduler = llm.llm_engine.vllm_config.scheduler_config
+        if scheduler.max_num_batched_tokens < reach and not scheduler.enable_chunked_prefill:
+            # A longer prompt would never be scheduled, and generate never end.
+            raise PortkitError(
+                "vLLM turned chunked prefill off: the port has attention that is not causal, in "
+                "which a prompt's tokens see later ones.",
+                f"{cls.__module__}.{cls.__qualname__}",
+                "portkit compares causal models: use Attention where the original's is causal.",
+            )
         yield engine
     finally:
         llm.llm_engine.engine_core.shutdown()

@@ -20,6 +20,7 @@ from portkit.draft.serving.constructors import drop_unserved_methods
 from portkit.draft.serving.linears import declare_renamed, declare_transposed
 from portkit.draft.serving.normal import NormalForm, normal_form
 from portkit.draft.transforms.class_alias import write_out
+from portkit.draft.transforms.engines_dtype import take_the_engines_dtype
 from portkit.draft.transforms.forward_attention import port_attention
 from portkit.draft.transforms.forward_causal_lm import port_causal_lm
 from portkit.draft.transforms.forward_layer import port_layer, port_mlp
@@ -75,6 +76,7 @@ def _drafted(work: Work, form: NormalForm, ignored: tuple[Ignored, ...]) -> Work
     declare_renamed(work, form.renamed)
     work.warnings += form.notes
     port_norms(work)
+    take_the_engines_dtype(work)
     work.module = cst.parse_module(finish(work))
     if ignored:
         declare_ignored(work, ignored)

@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -222,15 +222,29 @@ def settings(plan: Plan, format: Format) -> dict[str, Any]:
     }
 
 
-def online(plan: Plan) -> dict[str, Any]:
+def online(plan: Plan, port_class: type) -> dict[str, Any]:
     """Return vllm.LLM's options for weights rounded to fp8 while loading, a scale per row.
 
-    vLLM calls that fp8_per_channel; activations have a scale per token, as in the copy.
+    vLLM calls that fp8_per_channel; activations have a scale per token, as in the copy. Unlike a
+    checkpoint's ignore list, this one has to speak of layers as the port does.
     """
+    ignored = [*ignore_list(plan), *(in_port(name, port_class) for name in plan.ignored)]
     return {
         "quantization": "online",
-        "quantization_config": {"linear": "fp8_per_channel", "ignore": ignore_list(plan)},
+        "quantization_config": {
+            "linear": "fp8_per_channel",
+            "ignore": [*dict.fromkeys(ignored)],
+        },
     }
+
+
+def in_port(name: str, port_class: type) -> str:
+    """Return what the port calls a module of the checkpoint, the parts of fused layers as such."""
+    mapper = getattr(port_class, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return name
+    found = replace(mapper, orig_to_new_stacked={}).map_name(f"{name}.weight")
+    return (found or name).removesuffix(".weight")
 
 
 def ignore_list(plan: Plan) -> list[str]:

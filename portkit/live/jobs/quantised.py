@@ -35,6 +35,7 @@ from portkit.live.quantised import (
     Plan,
     Way,
     format_for,
+    in_port,
     logprobs,
     online,
     plan,
@@ -81,7 +82,8 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     format = format_for(device, way)
     if format is None:
         return {"nothing": "vLLM has no fp8 kernel for this GPU (it wants compute capability 8.9)"}
-    packed = dict(getattr(port_class(port), "packed_modules_mapping", None) or {})
+    cls = port_class(port)
+    packed = dict(getattr(cls, "packed_modules_mapping", None) or {})
     original = load_model(original_class(port), checkpoint)
     chosen = plan(original, set(checkpoint.names), packed, format)
     if not chosen.quantised:
@@ -95,7 +97,10 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
         say(f"writing an {format} copy of the checkpoint")
         write_copy(checkpoint, folder, chosen, format)
     for dtype in _dtypes(format, device):
-        options: dict[str, Any] = {"dtype": dtype, **(online(chosen) if way == "online" else {})}
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            **(online(chosen, cls) if way == "online" else {}),
+        }
         if device == "cpu" and format == "int8":
             # On a CPU with AMX vLLM prefers a kernel that takes no float32; oneDNN's, its choice on
             # every other CPU, does. A job is a process of its own: nothing has to be put back.
@@ -111,7 +116,7 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
             prompts = prompts_for(
                 port, checkpoint, longest=int(engine.llm.llm_engine.model_config.max_model_len)
             ).short[:4]
-            rows = _layers(engine.model, chosen, packed)
+            rows = _layers(engine.model, cls, chosen, packed)
             ours = engine.prompt_logprobs(prompts)
         if all(np.isfinite(values).all() for values in ours):
             break  # else float16's range was too small
@@ -175,11 +180,15 @@ def _tolerance(format: Format, dtype: str) -> tuple[float, str]:
     return TOLERANCE["8 bits", "float32" if dtype == "float32" else "float16"]
 
 
-def _layers(model: nn.Module, chosen: Plan, packed: dict[str, list[str]]) -> list[dict[str, Any]]:
+def _layers(
+    model: nn.Module, cls: type, chosen: Plan, packed: dict[str, list[str]]
+) -> list[dict[str, Any]]:
     """Return for each parallel linear whether it is quantised, and whether it should be."""
     rows = []
-    # A port may call a layer as Transformers does, or as the checkpoint.
-    rounded = {*chosen.quantised, *(chosen.stored[name] for name in chosen.quantised)}
+    # A port may call a layer as Transformers does, as the checkpoint, or as its mapper says.
+    stored = [chosen.stored[name] for name in chosen.quantised]
+    rounded = {*chosen.quantised, *stored, *(in_port(name, cls) for name in stored)}
+    ignored = {*chosen.ignored, *(in_port(name, cls) for name in chosen.ignored)} - rounded
     for path, module in model.named_modules():
         if not isinstance(module, LinearBase):
             continue
@@ -191,7 +200,7 @@ def _layers(model: nn.Module, chosen: Plan, packed: dict[str, list[str]]) -> lis
                 "class": type(module).__name__,
                 "members": members,
                 "expected": any(m in rounded for m in members),
-                "known": any(m in rounded or m in chosen.ignored for m in members),
+                "known": any(m in rounded or m in ignored for m in members),
                 "actual": not isinstance(module.quant_method, UnquantizedLinearMethod),
                 "scheme": _scheme(module),
             }

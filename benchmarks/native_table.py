@@ -136,9 +136,8 @@ def document(rows: Mapping[str, NativeRow]) -> str:
         "this page; the sentences of the last two tables are from benchmarks/native_findings.toml: "
         "what a person found who looked into the failure.",
         "",
-        f"{datetime.now(UTC).date().isoformat()}: {versions}. Rows that a change of portkit "
-        "touched were measured again, and so were the silent ones; "
-        "findings and what is not checkable are partly older than the quantised run's 4 bits.",
+        f"{datetime.now(UTC).date().isoformat()}: {versions}. What is not checkable here was "
+        "measured before the quantised run's 4 bits and fp8 while loading, and before `reload`.",
         "",
         "| | classes | what it means |",
         "|---|---|---|",

@@ -86,7 +86,7 @@ def test_a_layer_registered_by_name_is_imported_once_in_a_process(tmp_path):
     port = adopt(f"{MODELS}.nemotron", architecture="NemotronForCausalLM", root=tmp_path)
     assert 'CustomOp.register("nemotron_layer_norm")' in port.source
     with live_for(port) as live:
-        job = live.run("quantised", timeout=240.0, loader="port")
+        job = live.run("quantised", timeout=240.0, loader="port", way="8 bits")
     assert job.ok, job.what
 
 
@@ -95,7 +95,7 @@ def test_experts_stay_out_of_the_copy_by_the_checkpoints_name(tmp_path):
     """Mixtral's are in block_sparse_moe there, and in mlp in Transformers' model."""
     port = adopt(f"{MODELS}.mixtral", architecture="MixtralForCausalLM", root=tmp_path)
     with live_for(port) as live:
-        job = live.run("quantised", timeout=240.0, loader="port")
+        job = live.run("quantised", timeout=240.0, loader="port", way="8 bits")
     assert job.ok, job.what
 
 
@@ -117,7 +117,7 @@ def test_a_router_made_of_a_linear_is_not_quantised_and_an_attention_may_name_it
         port = adopt(f"{MODELS}.afmoe", architecture=name, checkpoint=out, name=options, root=out)
         if options == "default":
             with live_for(port) as live:
-                job = live.run("quantised", timeout=240.0, loader="port")
+                job = live.run("quantised", timeout=240.0, loader="port", way="8 bits")
             assert job.ok, job.what
         else:  # biases that the class does not have
             found = verdict(port, "forward", "prefill_parity", "port")
@@ -138,7 +138,7 @@ def test_a_router_that_is_no_linear_is_ignored_by_name(tmp_path):
     assert done.ok, done.what
     port = adopt(f"{MODELS}.qwen3_moe", architecture=name, checkpoint=out, root=tmp_path / "ports")
     with live_for(port) as live:
-        job = live.run("quantised", timeout=240.0, loader="port")
+        job = live.run("quantised", timeout=240.0, loader="port", way="8 bits")
     assert job.ok, job.what
     gates = [row for row in job.value["layers"] if row["path"].endswith("mlp.gate")]
     assert gates and not [row["path"] for row in gates if row["actual"]]

@@ -347,11 +347,9 @@ class _Evidence:
         self, cases: list[tuple[Comparison, _Situation]], steps: list[dict[str, int]]
     ) -> dict[str, Any]:
         """Return the comparisons as plain values and, if one failed, where it first diverges."""
-        evidence: dict[str, Any] = {
-            "cases": [case.to_dict() for case, _ in cases],
-            "steps": len(steps),
-            "tokens_computed": sum(n for step in steps for n in step.values()),
-        }
+        computed = sum(n for step in steps for n in step.values())
+        evidence: dict[str, Any] = {"steps": len(steps), "tokens_computed": computed}
+        evidence["cases"] = [case.to_dict() for case, _ in cases]
         failed = [(case, situation) for case, situation in cases if not case.ok]
         if failed:
             worst = max(case.max_abs for case, _ in failed)
@@ -359,13 +357,12 @@ class _Evidence:
             def telling(pair: tuple[Comparison, _Situation]) -> tuple[int, bool, bool, int]:
                 # Short enough to read, long enough that a cause that is tried cannot fit by chance;
                 # and a prompt that hardly shows the bug leads to where it is amplified.
-                case, situation = pair
+                case, tried = pair
                 faint = case.max_abs < worst / 10
-                return len(situation.prompts), len(situation.ids) < 8, faint, len(situation.ids)
+                return len(tried.prompts), len(tried.ids) < 8, faint, len(tried.ids)
 
             shown = min(failed, key=telling)
-            situation = shown[1]
-            evidence["shown"] = cases.index(shown)
+            evidence["shown"], situation = cases.index(shown), shown[1]
         if failed and self.trace:
             from portkit.live.divergence import first_divergence
 

@@ -14,7 +14,7 @@ WRITTEN = [
     ("olmo", "forward", "query_states = query_states.clamp("),
     ("cohere", "weights", "hidden_size=(self.num_heads, self.head_dim)"),
     ("cohere", "weights", "set_weight_attrs(self.q_norm.weight"),
-    ("cohere", "weights", 'load_own_heads, "head_copies": self.num_kv_head_copies'),
+    ("cohere", "weights", '"head_copies": self.num_kv_head_copies'),
     ("diffllama", "forward", "value_states1 = value_states1.repeat(1, 2)"),
     ("diffllama", "forward", 'prefix=f"{prefix}.attn_2"'),
     ("diffllama", "weights", "self.o_proj = ReplicatedLinear("),

@@ -236,21 +236,8 @@ SEEDS: dict[str, tuple[Edit, str, tuple[str, ...], tuple[str, ...]]] = {
     "written past the weight_loader": (
         past_the_loader("parameters[name].data.copy_(weight)"),
         "reload",
-        ("mlp.down_proj.weight is not what it was", "data.copy_(weight)", "meta device"),
+        ("Loaded again", "data.copy_(weight)", "meta device"),
         ("coverage", "poisoned_load", "load_parity"),
-    ),
-    "a scale that each load makes larger": (
-        edit(
-            RETURN,
-            RETURN.replace("return ", "loaded = ")
-            + """        norm = self.model.norm
-        norm.variance_epsilon *= 2
-        return loaded
-""",
-        ),
-        "reload",
-        ("although every parameter is what it was", "def load_weights"),
-        (),
     ),
 }
 

@@ -41,6 +41,8 @@ class Reload(Check):
         if not job.ok:
             return self.failed_job(job)
         found: dict[str, Any] = job.value.get("again") or {}
+        if not found:
+            return self.skipped("The first load was not right.", job=job)
         if "nothing" in found:
             return self.skipped(f"{found['nothing']}.", job=job)
         if error := found.get("error"):
@@ -68,7 +70,7 @@ class Reload(Check):
                 + (
                     f": {changed[0]} is not what it was ({len(changed)} such parameters)."
                     if changed
-                    else ", although every parameter is what it was."
+                    else ", though parameters look as before."
                 ),
                 where=where,
                 next="Call the parameter's weight_loader with each tensor, each time; "

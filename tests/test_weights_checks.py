@@ -237,7 +237,7 @@ SEEDS: dict[str, tuple[Edit, str, tuple[str, ...], tuple[str, ...]]] = {
         past_the_loader("parameters[name].data.copy_(weight)"),
         "reload",
         ("Loaded again", "data.copy_(weight)", "meta device"),
-        ("coverage", "poisoned_load", "load_parity"),
+        ("load_parity",),
     ),
 }
 

@@ -236,7 +236,7 @@ SEEDS: dict[str, tuple[Edit, str, tuple[str, ...], tuple[str, ...]]] = {
     "written past the weight_loader": (
         past_the_loader("parameters[name].data.copy_(weight)"),
         "reload",
-        ("Loaded again", "data.copy_(weight)", "meta device"),
+        ("mlp.down_proj.weight is not what it was", "data.copy_(weight)", "meta device"),
         ("load_parity",),
     ),
 }

@@ -22,6 +22,8 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.reload import inplace
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from portkit.live.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from portkit.live.coverage import Tracer
@@ -87,6 +89,15 @@ def _again(engine: Engine, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
         return {"nothing": limit}
     before, was = engine.prompt_logprobs(prompts), _sums(engine.model)
     poison(engine.model)
+    passed_over: list[str] = []
+    finalize = inplace.finalize_layerwise_reload
+
+    def noted(model: nn.Module, model_config: Any) -> None:
+        passed_over.extend(name for name in _not_given(model) if name in was)
+        finalize(model, model_config)
+
+    # A job is a process of its own: nothing has to be put back.
+    inplace.finalize_layerwise_reload = noted
     try:
         engine.llm.collective_rpc("reload_weights")
     except Exception as error:
@@ -94,10 +105,22 @@ def _again(engine: Engine, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
         return {"error": describe(error, str(engine.port.root))}
     now = _sums(engine.model)
     after = engine.prompt_logprobs(prompts)
-    return {
-        "changed": [name for name, sums in was.items() if now.get(name) != sums],
-        "difference": max(map(_distance, before, after)),
-    }
+    difference = max(map(_distance, before, after))
+    changed = [name for name, sums in was.items() if now.get(name) != sums]
+    if difference:
+        # On a CPU a linear keeps a packed copy of its weight only, which no parameter shows.
+        changed = list(dict.fromkeys([*passed_over, *changed]))
+    return {"changed": changed, "difference": difference}
+
+
+def _not_given(model: nn.Module) -> Iterator[str]:
+    """Yield the parameters of unfinished layers that no weight_loader was given a tensor for."""
+    for path, module in model.named_modules():
+        info = get_layerwise_info(module)
+        if info.can_load():
+            given = {name for name, _ in info.loaded_weights}
+            own = (name for name, _ in module.named_parameters(recurse=False))
+            yield from (f"{path}.{name}" for name in own if name not in given)
 
 
 def _sums(model: nn.Module) -> dict[str, tuple[float, float]]:

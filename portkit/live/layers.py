@@ -65,6 +65,12 @@ def advice_on_start(what: str) -> str:
             'Give each Attention its own name: prefix=f"{prefix}.attn", with the layer\'s prefix '
             "handed down from make_layers."
         )
+    if "MLA not supported" in what:
+        return (
+            "portkit compares in float32, for which vLLM has no kernel of latent attention, and "
+            "sets VLLM_MLA_DISABLE=1: let the class take plain Attention where "
+            "model_config.use_mla is false, as vLLM's deepseek_v2.py does."
+        )
     return ""
 
 
@@ -205,6 +211,7 @@ def prefix_problems(layout: dict[str, Any], tensors: Collection[str]) -> list[Pr
             )
         if (
             row["quant"] is None
+            and not row["closed"]
             and row["kind"] not in ("attention", "embedding", "gate")
             and not _is_tied(path, layout)
         ):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,12 +74,17 @@ def format_for(device: str, way: Way) -> Format | None:
 
 
 def plan(
-    original: nn.Module, tensors: Collection[str], packed: dict[str, list[str]], format: Format
+    original: nn.Module,
+    tensors: Collection[str],
+    packed: dict[str, list[str]],
+    format: Format,
+    as_is: Callable[[str], bool] = lambda name: False,
 ) -> Plan:
     """Choose the layers: all linears but the head, a fused group of the last, one of the first.
 
     `original` is Transformers' model (it may be on the meta device), `tensors` the checkpoint's
-    names, `packed` the port's packed_modules_mapping. A plan without `quantised` means that there
+    names, `packed` the port's packed_modules_mapping; `as_is` tells by the checkpoint's name which
+    linears the port cannot have quantised. A plan without `quantised` means that there
     is nothing to quantise.
     """
     conversions = conversions_of(str(getattr(original.config, "model_type", "")))
@@ -99,6 +104,7 @@ def plan(
         for name in linears
         if name in stored
         and not _is_gate(original, name)
+        and not as_is(stored[name])
         and (format != "int4" or _fits(original, name, packed))
     ]
     heads = [n for n, m in original.named_modules() if m is head and head is not None]

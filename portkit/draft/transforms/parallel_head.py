@@ -262,6 +262,10 @@ def packed_modules(work: Work) -> dict[str, list[str]]:
                 and pair[0] not in packed
             ):
                 packed[pair[0]] = _usual_names(work, pair[0], ["gate_proj", "up_proj"])
+    for mixer in facts.recurrent:
+        if mixer.layer == "MambaMixer":
+            # Fused in the checkpoint too; without an entry vLLM gives it no LoRA adapter.
+            packed["in_proj"] = ["in_proj"]
     return packed
 
 

@@ -8,6 +8,7 @@ What to make of the evidence is the checks' business.
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -136,9 +137,7 @@ class _Evidence:
             "expected": f"{engine.port.module}.{engine.port.architecture}",
             "runner": type(engine.runner).__name__,
             "attention_layers": len(attentions),
-            "attention_backend": attentions[0][1].get_attn_backend().get_name()
-            if attentions
-            else "",
+            "attention_backend": _backend(attentions[0][1]) if attentions else "",
             "block_size": config.cache_config.block_size,
             "blocks": config.cache_config.num_gpu_blocks,
             "max_model_len": self.longest,
@@ -397,3 +396,10 @@ class _Evidence:
             for token, _ in case[side]
         }
         return {str(i): tokenizer.decode([i], skip_special_tokens=False) for i in sorted(ids)}
+
+
+def _backend(attention: Any) -> str:
+    """Return vLLM's name of the attention backend, and what it was kept from."""
+    name = attention.get_attn_backend().get_name()
+    expanded = os.environ.get("VLLM_MLA_DISABLE") == "1"
+    return f"{name}, latents expanded by VLLM_MLA_DISABLE=1" if expanded else name

@@ -1,14 +1,16 @@
 """Job: which layers the port is made of, on one rank and on several, without an engine.
 
 value: modules (one row each: path, class, the line that made it, prefix, whether it got the
-quantisation config, its weights), packed (packed_modules_mapping), stacked (the same by the port's
-weights mapper), ranks (per number of ranks: what
-the config says against it, what vLLM says, what building the port says, the weights' shapes).
+quantisation config, the block of vLLM's that made it and takes none, its weights), packed
+(packed_modules_mapping), stacked (the same by the port's weights mapper), ranks (per number of
+ranks: what the config says against it, what vLLM says, what building the port says, the weights'
+shapes).
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,10 +43,13 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     say("building the port's layers")
     with workbench(port, checkpoint) as bench:
         whole = bench.build()
+        closed = _closed_blocks(whole.model)
         config = bench.config.model_config.hf_config.to_dict()
         return {
             "file": port.modeling.name,
-            "modules": [_row(path, module, whole) for path, module in whole.model.named_modules()],
+            "modules": [
+                _row(path, module, whole, closed) for path, module in whole.model.named_modules()
+            ],
             "packed": dict(getattr(whole.model, "packed_modules_mapping", None) or {}),
             "stacked": stacked_parts(whole.model),
             "ranks": {str(n): _on_ranks(bench, n, config, str(port.root)) for n in RANKS},
@@ -54,7 +59,26 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
         }
 
 
-def _row(path: str, module: nn.Module, blueprint: Blueprint) -> dict[str, Any]:
+def _closed_blocks(model: nn.Module) -> dict[str, str]:
+    """Return path -> class of vLLM's own blocks that make linears and can be given no quant_config.
+
+    Their linears stay as they are whatever a port does: MambaMixer's.
+    """
+    return {
+        path: type(module).__name__
+        for path, module in model.named_modules()
+        if type(module).__module__.startswith("vllm.")
+        and any(isinstance(child, LinearBase) for child in module.children())
+        and not any(
+            name in ("quant_config", "vllm_config") or parameter.kind is parameter.VAR_KEYWORD
+            for name, parameter in inspect.signature(type(module).__init__).parameters.items()
+        )
+    }
+
+
+def _row(
+    path: str, module: nn.Module, blueprint: Blueprint, closed: dict[str, str]
+) -> dict[str, Any]:
     kind = next(
         (
             word
@@ -80,6 +104,7 @@ def _row(path: str, module: nn.Module, blueprint: Blueprint) -> dict[str, Any]:
         "line": blueprint.line_of(module),
         "prefix": getattr(module, "layer_name" if kind == "attention" else "prefix", None),
         "quant": blueprint.asked.get(id(module)),
+        "closed": next((c for block, c in closed.items() if path.startswith(f"{block}.")), ""),
         "weights": {n: list(p.shape) for n, p in module.named_parameters(recurse=False)},
         "reduces": bool(getattr(module, "reduce_results", False)),
         "gathers": bool(getattr(module, "gather_output", False)),

@@ -1,7 +1,8 @@
 """Job: run the port quantised, beside Transformers rounded alike.
 
 args: "loader", "portkit" (default) or "port"; "way", "8 bits" or "4 bits" (a quantised copy of the
-checkpoint, in 4 bits its weights alone) or "online" (vLLM rounds to fp8 while it loads).
+checkpoint, in 4 bits its weights alone) or "online" (vLLM rounds to fp8 while it loads); "closed",
+paths of linears in blocks of vLLM's that take no quantisation (default none).
 value: format, ignored, layers [path, class, members, expected, actual], cases [prompt, mean and
 largest difference to Transformers quantised alike, mean difference that quantising makes at all],
 difference, effect (means over all of them), tolerance [part of the effect, reason];
@@ -85,10 +86,16 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     cls = port_class(port)
     packed = dict(getattr(cls, "packed_modules_mapping", None) or {})
     original = load_model(original_class(port), checkpoint)
-    chosen = plan(original, set(checkpoint.names), packed, format)
+    closed = set(request.args.get("closed", ()))
+
+    def as_is(name: str) -> bool:
+        return name in closed or in_port(name, cls) in closed
+
+    chosen = plan(original, set(checkpoint.names), packed, format, as_is)
     if not chosen.quantised:
         return {
             "nothing": "the original has no nn.Linear that its checkpoint names"
+            + (" outside vLLM's blocks that can be given no quant_config" if closed else "")
             + (f" and whose sizes divide by {GROUP}" if format == "int4" else "")
         }
     folder = checkpoint.root

@@ -2,8 +2,9 @@
 
 args: way ("port", "native", "transformers_backend", "transformers"), batches, tokens_in,
 tokens_out; repeats and seconds, of each batch and both at least; kv_cache_gib, the size of the KV
-cache on a GPU (default: the checks' own).
-Each way runs in a process of its own, one after the other.
+cache on a GPU (default: the checks' own); turns, a folder, and ways, all that take turns.
+Each way runs in a process of its own, one after the other. With `turns` all are up at the same time
+and take turns, run by run, so that what the machine does meanwhile meets all alike; `repeats` runs.
 value: rows [{batch, rates, step_ms}], rates in generated tokens per second; how (dtype, eager,
 class). step_ms: time that the GPU computes for one step of the batch, in milliseconds, prompts
 included: the sum of its kernels in one more run, under torch.profiler; None on a CPU.
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from portkit.live.prompts import random_ids
 from portkit.live.reference import original_class
 from portkit.port import Port
 
+PATIENCE = 280.0
+"""Seconds to wait for the other ways: they compile and capture first."""
 Generate = Callable[[int], int]
 """Generate for one batch size and return the number of tokens made."""
 
@@ -47,21 +51,55 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
         generate, how = _transformers(port, checkpoint, dtype, args)
     else:
         generate, how = _vllm(port, checkpoint, dtype, not cuda, args)
+    turns = _Turns(Path(args["turns"]), args["ways"], args["way"]) if "turns" in args else None
     rows = []
     for batch in args["batches"]:
         generate(batch)  # compiles, captures and fills caches
-        rates = []
-        until = time.perf_counter() + args.get("seconds", 0.0)
+        rates: list[float] = []
+        until = time.perf_counter() + (0.0 if turns else args.get("seconds", 0.0))
         while len(rates) < args["repeats"] or time.perf_counter() < until:
             say(
                 f"{args['way']}, batch {batch}, run {len(rates) + 1} (of {args['repeats']} or more)"
             )
-            began = time.perf_counter()
-            made = generate(batch)
-            rates.append(made / (time.perf_counter() - began))
-        busy = _busy(generate, batch) / args["tokens_out"] if cuda else None
+            with turns.next() if turns else nullcontext():
+                began = time.perf_counter()
+                made = generate(batch)
+                rates.append(made / (time.perf_counter() - began))
+        with turns.next() if turns else nullcontext():
+            busy = _busy(generate, batch) / args["tokens_out"] if cuda else None
         rows.append({"batch": batch, "rates": rates, "step_ms": busy})
     return {"rows": rows, "how": {**how, "dtype": dtype}}
+
+
+class _Turns:
+    """Several processes that do one thing at a time, in the order of `ways`, round by round."""
+
+    def __init__(self, folder: Path, ways: Sequence[str], way: str) -> None:
+        self.folder, self.way, self.round = folder, way, 0
+        self.before = ways[: ways.index(way)]
+        self.after = ways[ways.index(way) + 1 :]
+        self._done(way, 0).touch()
+
+    @contextmanager
+    def next(self) -> Iterator[None]:
+        """Wait for this way's next turn. Raises PortkitError if another way never comes to its."""
+        self.round += 1
+        waited_for = [self._done(way, self.round) for way in self.before]
+        waited_for += [self._done(way, self.round - 1) for way in self.after]
+        until = time.monotonic() + PATIENCE
+        while not all(mark.exists() for mark in waited_for):
+            if time.monotonic() > until:
+                raise PortkitError(
+                    f"Another way did not take its turn in {PATIENCE:.0f} s.",
+                    str(self.folder),
+                    "See what that way said; leave it out, or measure without turns.",
+                )
+            time.sleep(0.002)
+        yield
+        self._done(self.way, self.round).touch()
+
+    def _done(self, way: str, round: int) -> Path:
+        return self.folder / f"{way}-{round}"
 
 
 def _busy(generate: Generate, batch: int) -> float:

@@ -161,8 +161,15 @@ class Prefixes(Check):
                 job=job,
             )
         asked = sum(row["quant"] is not None for row in rows)
+        closed = sorted({row["closed"] for row in rows if row["closed"]})
         return self.passed(
-            f"{len(rows)} layers carry their own path; {asked} would follow a quantisation.",
+            f"{len(rows)} layers carry their own path; {asked} would follow a quantisation."
+            + (
+                f" vLLM's {' and '.join(closed)} can be given no quant_config: its linears stay "
+                "as they are."
+                if closed
+                else ""
+            ),
             table,
             job=job,
         )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from portkit.checks.base import Check, CheckContext
 from portkit.checks.verdict import Table, Verdict
-from portkit.live.evidence import run_with_a_loader
+from portkit.live.evidence import gather, run_with_a_loader
 from portkit.live.job import JobResult
 from portkit.steps.parallel.rehearsals import STEP
 
@@ -71,8 +71,13 @@ class QuantisedRun(Check):
     def _in(self, context: CheckContext, way: Way) -> Verdict:
         """Return the verdict on the port quantised in that way."""
 
+        layout = gather(context, f"{self.id} {way}", "layout")
+        closed = [m["path"] for m in layout.value["modules"] if m["closed"]] if layout.ok else []
+
         def start(loader: str) -> JobResult:
-            return context.live.run("quantised", progress=context.progress, loader=loader, way=way)
+            return context.live.run(
+                "quantised", progress=context.progress, loader=loader, way=way, closed=closed
+            )
 
         name = NAMES[way]
         job = run_with_a_loader(context, start, lambda found: not _right(found))

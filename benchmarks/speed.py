@@ -164,7 +164,7 @@ def _head(args: argparse.Namespace, tokens_in: int, tokens_out: int) -> list[str
         "",
         f"Generated tokens per second, {tokens_in} tokens in and {tokens_out} out; median (minimum "
         f"to maximum) of {runs}, all in one session; size {args.size}, random weights. GPU: "
-        f"milliseconds of kernels per step, prompts included; ratios above 1 are the port's favour. "
+        "milliseconds of kernels per step, prompts included; ratios above 1 are the port's favour. "
         f"{here.date}, {here.device}; {versions}. `python benchmarks/speed.py` measures it again.",
     ]
 

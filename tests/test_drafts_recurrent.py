@@ -107,6 +107,15 @@ def test_the_card_and_the_difficulties_name_the_state() -> None:
     assert "Mamba 2 (state space, heads in groups)" in picture(facts, {})
 
 
+def test_what_the_checkpoint_has_fused_takes_adapters() -> None:
+    """vLLM gives MambaMixer's in_proj an adapter where the mapping names it, as its own Jamba does.
+
+    MambaMixer2's has more than two parts, for which vLLM has another way.
+    """
+    assert '"in_proj": ["in_proj"],' in weights("mamba")
+    assert "packed_modules_mapping" not in weights("mamba2")
+
+
 def test_renamed_parameters_and_fused_ones_share_a_mapper() -> None:
     text = weights("bamba")
     assert '".A_log": ".A",' in text

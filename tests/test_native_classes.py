@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from seeds import edit
 
 from portkit.adopt import adopt
 from portkit.checks.runner import checks_of, run_checks, run_one
@@ -72,6 +73,7 @@ def test_what_vllm_calls_may_be_inherited_from_vllm(file, architecture, tmp_path
         ("lfm2_moe", "Lfm2MoeForCausalLM"),  # which has another name here than in Transformers
         ("hrm_text", "HrmTextForCausalLM"),  # a cache for each pass through the same attention
         ("qwen2_moe", "Qwen2MoeForCausalLM"),  # shared_expert_gate has one row
+        ("mamba", "MambaForCausalLM"),  # vLLM's MambaMixer can be given none
     ],
 )
 def test_layers_that_nothing_quantises_need_no_quant_config(file, architecture, tmp_path):
@@ -286,3 +288,40 @@ def test_a_constructor_that_refuses_a_tied_head_is_a_limit_in_words(tmp_path):
         job = live.run("coverage")
     assert job.ok, job.what
     assert "tie_word_embeddings is not supported" in refused_heads(job.value["tied"])["tied"]
+
+
+@pytest.mark.vllm
+def test_latent_attention_is_compared_expanded_and_what_follows_is_located(tmp_path):
+    """vLLM has no kernel of latents for this size, so VLLM_MLA_DISABLE=1 takes plain attention.
+
+    Its queries and keys have another order than Transformers', its values are filled with zeros:
+    neither is where the sides part. The class takes softmax for routers where the config says
+    nothing; Transformers' config class writes no scoring_func, and its router takes a sigmoid.
+    """
+    out, name = tmp_path / "checkpoint", "DeepseekV3ForCausalLM"
+    done = live_for(None).run(
+        "random_checkpoint",
+        architecture=name,
+        model_type="deepseek_v3",
+        out=str(out),
+        options="default",
+        set={"topk_method": "noaux_tc", "kv_lora_rank": 64, "rms_norm_eps": 1e-6},
+    )
+    assert done.ok, done.what
+    port = adopt(f"{MODELS}.deepseek_v2", architecture=name, checkpoint=out, root=tmp_path)
+    flat = edit(
+        # vLLM's rotary kernel for CPUs misreads queries of three dimensions.
+        "q_pe, k_pe = self.rotary_emb(positions, q_pe, k_pe)\n\n        q[..., self",
+        "q_pe, k_pe = self.rotary_emb(\n"
+        "            positions, q_pe.flatten(1).contiguous(), k_pe.flatten(1).contiguous()\n"
+        "        )\n"
+        "        q_pe = q_pe.unflatten(1, (self.num_local_heads, -1))\n"
+        "        k_pe = k_pe.unsqueeze(1)\n\n        q[..., self",
+    )
+    port.modeling.write_text(flat.apply(port.source))
+    found = verdict(port, "forward", "prefill_parity")
+    assert "First diverging module: the output of model.layers.1.mlp," in found.what, found.what
+    sigmoid = edit('getattr(config, "scoring_func", "softmax")', '"sigmoid"')
+    port.modeling.write_text(sigmoid.apply(port.source))
+    assert (found := verdict(port, "forward", "prefill_parity")).status == "passed", found.what
+    assert "latents expanded by VLLM_MLA_DISABLE=1" in verdict(port, "forward", "starts").what

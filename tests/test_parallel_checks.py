@@ -358,6 +358,18 @@ def test_rank_counts_that_can() -> None:
     assert possible(HELIUM) == (1, 2, 4, 8)
 
 
+def test_what_a_stage_raised_is_told_and_not_that_a_process_ended(bench):
+    """vLLM's executor says "WorkerProc initialization failed"; the stage's own words are logged."""
+    bench.write(edit("self.lm_head = PPMissingLayer()", "self.lm_head = PPMissingLayer().weight"))
+    found = bench.run("rehearsal_pp2")
+    assert found.status == "failed"
+    assert "no attribute 'weight' (in stage 0)" in found.what, found.what
+    line = next(
+        n for n, text in enumerate(bench.port.source.splitlines(), 1) if "Layer().weight" in text
+    )
+    assert found.where.startswith(f"{bench.port.modeling.name}:{line}"), found.where
+
+
 @pytest.mark.vllm
 def test_any_number_of_ranks_and_stages_is_rehearsed_and_told(bench):
     """Two stages of one rank each: what each holds, and that together they equal Transformers."""

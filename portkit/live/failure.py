@@ -22,7 +22,10 @@ LINES = 8
 explains an unsupported line on a page)."""
 
 _PORTKIT = Path(__file__).resolve().parent.parent
-_RANK_LINE = re.compile(r"\(Worker\S*_TP(?P<rank>\d+)[^)]*\) [A-Z]+ \S+ \S+ \[[^]]+\] (?P<text>.*)")
+_RANK_LINE = re.compile(
+    r"\(Worker\S*_(?P<rank>(?:TP|PP)\d+)[^)]*\) [A-Z]+ \S+ \S+ \[[^]]+\] (?P<text>.*)"
+)
+_KINDS = {"TP": "rank", "PP": "stage"}
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+),? in (?P<name>[^\n]+)')
 
 
@@ -91,7 +94,7 @@ def frame_in_log(text: str, port_root: str, *, innermost_first: bool = False) ->
 
 
 def rank_failure(log: str, port_root: str) -> dict[str, str]:
-    """Return what and where of the exception that a tensor-parallel rank logged, if there is one.
+    """Return what and where of the exception that a rank or a stage logged, if there is one.
 
     vLLM's executor raises only "Worker failed with error ... see the stack trace above" in the
     job's own process (v1/executor/multiproc_executor.py).
@@ -103,7 +106,7 @@ def rank_failure(log: str, port_root: str) -> dict[str, str]:
             continue
         ends = (t for r, t in lines[number + 1 :] if r == rank and t and not t.startswith(" "))
         return {
-            "what": f"{next(ends, 'An exception')} (in rank {rank})",
+            "what": f"{next(ends, 'An exception')} (in {_KINDS[rank[:2]]} {rank[2:]})",
             "where": frame_in_log(text, port_root),
         }
     return {}

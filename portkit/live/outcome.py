@@ -12,6 +12,9 @@ from portkit.live.log import last_lines
 if TYPE_CHECKING:
     from portkit.live.worker import Worker
 
+RANK_FAILED = ("Worker failed with error", "WorkerProc initialization failed")
+"""What vLLM's executor raises here when a rank raised; what that was is in the log."""
+
 
 def result_of(request: JobRequest, heard: dict[str, dict[str, Any]], log: Path) -> JobResult:
     """Compose the result of a job that the worker saw to its end."""
@@ -27,7 +30,7 @@ def result_of(request: JobRequest, heard: dict[str, dict[str, Any]], log: Path) 
         return JobResult(request.job, "ok", heard["answer"]["value"], **common)
     if "error" in heard:
         words = {part: heard["error"].get(part, "") for part in ("what", "where", "next")}
-        if "Worker failed with error" in words["what"]:
+        if any(said in words["what"] for said in RANK_FAILED):
             words |= rank_failure(_text(log), request.port_root)
         return JobResult(request.job, "error", **words, **common)
     status, words = _unanswered(request, done, hung_at)

@@ -96,6 +96,8 @@ def walk(
                     tuple(reference.shape),
                 )
             continue
+        if role in ("v", "attn"):
+            found = _without_padding(found, reference, _head_size(path, modules))
         rows = min(len(found), len(reference))
         if "AndMul" in type(modules.get(path)).__name__ and role == "out":
             continue  # A fused activation returns the product; the next linear's input shows it.
@@ -122,6 +124,14 @@ def walk(
             again = _distance(found[:rows].sort(1).values, reference[:rows].sort(1).values)
             if float(again.max()) <= tolerance * scale:
                 distance, worst = again, float(again.max())
+        elif worst > tolerance * scale and role in ("q", "k"):
+            # Rotary embeddings of pairs may leave them where they are or apart. Where the keys have
+            # the order that the queries have, that is the same attention.
+            size = _head_size(path, modules)
+            both = [_ordered(ours, theirs, path, r, size, tolerance) for r in ("q", "k")]
+            if all(order is not None for order in both):
+                distance = both[role == "k"]
+                worst = float(distance.max())
         ok = worst <= tolerance * scale
         steps.append(Step(path, role, tuple(reference.shape), worst, worst / scale, ok))
         holds = role == "out" and _holds_others(modules.get(path))
@@ -179,6 +189,52 @@ def paired(
 def _distance(found: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Return |difference| [rows, width]; a NaN is infinitely far."""
     return torch.nan_to_num((found - reference).abs(), nan=float("inf"))
+
+
+def _head_size(path: str, modules: dict[str, nn.Module]) -> int:
+    """Return the head size of the Attention layer in the block `path`, 0 if there is none."""
+    return next(
+        (
+            module.head_size
+            for name, module in modules.items()
+            if isinstance(module, Attention) and name.rpartition(".")[0] == path
+        ),
+        0,
+    )
+
+
+def _without_padding(found: torch.Tensor, reference: torch.Tensor, size: int) -> torch.Tensor:
+    """Cut the zeros off that fill heads of values up to the size that queries have.
+
+    vLLM's Attention has one size for queries and values; latent attention, expanded, has two.
+    """
+    if not size or found.shape[1] % size:
+        return found
+    heads = found.unflatten(1, (-1, size))
+    own, rest = divmod(reference.shape[1], heads.shape[1])
+    if rest or own >= size or bool(heads[..., own:].any()):
+        return found
+    return heads[..., :own].flatten(1)
+
+
+def _ordered(
+    ours: Captures, theirs: Captures, path: str, role: str, size: int, tolerance: float
+) -> torch.Tensor | None:
+    """Return |difference| of heads whose values are the same, but in another order; else None."""
+    found, reference = ours.values.get((path, role)), theirs.values.get((path, role))
+    if found is None or reference is None or not size or reference.shape[1] % size:
+        return None
+    rows = min(len(found), len(reference))
+    limit = tolerance * (float(reference[:rows].abs().max()) or 1.0)
+    if found.shape[1] != reference.shape[1]:
+        return None
+    if float(_distance(found[:rows], reference[:rows]).max()) <= limit:
+        return None
+    distance = _distance(
+        found[:rows].unflatten(1, (-1, size)).sort(2).values.flatten(1),
+        reference[:rows].unflatten(1, (-1, size)).sort(2).values.flatten(1),
+    )
+    return distance if float(distance.max()) <= limit else None
 
 
 def _holds_others(module: nn.Module | None) -> bool:

@@ -2,10 +2,11 @@
 
 args: "loader", "portkit" (default) or "port"; "ranks", tensor-parallel (default 1).
 value: how (where the ranks run), layers (what an adapter of all linears adapts, by path), effect
-(how far the random adapter moves Transformers' log-probabilities), tolerance, zero and all (error,
-max_abs, ok), parts (only if `all` differs: per layer name, an adapter of that alone: ours, theirs,
-max_abs, error, like: another layer name whose change the port made instead); "nothing" with a
-reason instead, if there is no linear to adapt or the class takes no adapters.
+(how far the random adapter moves Transformers' log-probabilities), tolerance, unadapted (max_abs
+and ok of the port without an adapter; None but in float16), zero and all (error, max_abs, ok),
+parts (only if `all` differs: per layer name, an adapter of that alone: ours, theirs, max_abs,
+error, like: another layer name whose change the port made instead); "nothing" with a reason
+instead, if there is no linear to adapt or the class takes no adapters.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ class _Comparison:
         self.prompts = [ids[:n] for ids in short for n in (len(ids), len(ids) // 2) if n][:ROWS]
         self.plain = self._theirs({})
         self.numbers = itertools.count(1)
+        self.half = half
         self.limit = self._in_half() if half else self._in_float32()
 
     def _in_float32(self) -> Tolerance:
@@ -149,6 +151,7 @@ class _Comparison:
             "layers": list(paths),
             "effect": effect,
             "tolerance": [self.limit.value, self.limit.reason],
+            "unadapted": self._judged(self._answers(), self.plain) if self.half else None,
             "zero": self._judged(zero, self.plain),
             "parts": [],
         }
@@ -167,6 +170,9 @@ class _Comparison:
             self.engine.llm.llm_engine.add_lora(request)
         except (ValueError, RuntimeError, AssertionError) as error:  # sizes that do not fit, too
             return str(error) or repr(error)
+        return self._answers(request)
+
+    def _answers(self, request: LoRARequest | None = None) -> np.ndarray:
         return np.concatenate(
             [g.logprobs for g in self.engine.generate(self.prompts, adapter=request)]
         )

@@ -66,6 +66,14 @@ class LoraAdapters(Check):
         if "nothing" in found:
             return self.skipped(f"No adapter can be tried: {found['nothing']}.", job=job)
         tables = _tables(found)
+        if _off_in_half(found):
+            return self.skipped(
+                f"No adapter can be judged: without one the port is away from Transformers by "
+                f"{found['unadapted']['max_abs']:.3g} in float16 (tolerance "
+                f"{found['tolerance'][0]:.2g}: {found['tolerance'][1]}). In float32 it is right.",
+                *tables,
+                job=job,
+            )
         if not found["zero"]["ok"] and not found["zero"]["error"]:
             return self.failed(
                 f"An adapter that changes nothing moves the log-probabilities by "
@@ -116,7 +124,9 @@ class LoraAdapters(Check):
                 job=job,
             )
         found = job.value
-        if "nothing" in found or (found["zero"]["ok"] and found["all"]["ok"]):
+        if "nothing" in found or _off_in_half(found):
+            return None
+        if found["zero"]["ok"] and found["all"]["ok"]:
             return None
         tables = _tables(found)
         if not found["zero"]["ok"] and not found["zero"]["error"]:
@@ -236,9 +246,16 @@ def _loaded_right(found: dict[str, Any]) -> bool:
     return "nothing" in found or found["zero"]["ok"] or bool(found["zero"]["error"])
 
 
+def _off_in_half(found: dict[str, Any]) -> bool:
+    """Whether the port, in the float16 that a GPU's LoRA kernels take, is off by itself."""
+    return found["unadapted"] is not None and not found["unadapted"]["ok"]
+
+
 def _alike(found: dict[str, Any]) -> str:
     if "nothing" in found:
         return f"On two ranks none can be tried: {found['nothing']}."
+    if _off_in_half(found):
+        return "On two ranks none can be judged: in float16 the port is off without one."
     return f"On two ranks ({found['how']}) to {found['all']['max_abs']:.1e}."
 
 

@@ -96,6 +96,14 @@ class Diagnosis(Evidence):
             self.call = self._name_of(rotary)
         given = self._get(self._projection(self.at.role), "out")
         target = self.theirs.values[self.at.path, self.at.role]
+        if self.ours.extra.get("rotary misread"):
+            self.at_call = True
+            self.found.append(
+                "The rotary embedding is given queries of [tokens, heads, head_dim], of which "
+                "vLLM's kernel for CPUs turns wrong rows; its kernel for GPUs takes both forms. "
+                "Hand on [tokens, heads * head_dim]: q.flatten(1)."
+            )
+            return
         used = self._rotary_positions()
         passed = self.ours.extra.get("positions", [])
         if used and passed and used != passed[: len(used)]:

@@ -294,9 +294,11 @@ def expand_latents(port: Port, config: dict[str, Any], dtype: str) -> None:
     """Have vLLM take plain Attention for latent attention, for this process, where it has to.
 
     Where the file says so (it expands latents itself), and where checks choose the dtype: vLLM's
-    kernels for latents take 16 bits, or one size of head. "auto" is what users run.
+    kernels for latents take 16 bits, or one size of head. "auto" is what users run. Attention that
+    is sparse (index_topk) has no other form in vLLM.
     """
-    if "VLLM_MLA_DISABLE" in port.source or (config.get("kv_lora_rank") and dtype != "auto"):
+    latents = config.get("kv_lora_rank") and not config.get("index_topk")
+    if "VLLM_MLA_DISABLE" in port.source or (latents and dtype != "auto"):
         os.environ["VLLM_MLA_DISABLE"] = "1"
 
 

@@ -148,6 +148,7 @@ def trace_port(
             handle.remove()
     captures.values = {key: torch.cat(chunks) for key, chunks in parts.items() if chunks}
     captures.extra["positions"] = torch.cat(places.positions).tolist() if places.positions else []
+    captures.extra["rotary misread"] = places.misread
     captures.extra["rotary positions"] = {
         path: torch.cat(chunks).tolist() for path, chunks in places.rotary.items()
     }
@@ -188,6 +189,8 @@ class _Places:
         """Module id -> calls in this forward: a rotary embedding is shared between layers."""
         self.positions: list[torch.Tensor] = []
         self.rotary: dict[str, list[torch.Tensor]] = {}
+        self.misread = False
+        """Whether a rotary embedding was given queries that vLLM's kernel for CPUs misreads."""
 
     def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         seen = list(
@@ -242,6 +245,9 @@ def _hook_port_module(
 
         def rotate(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             positions = kwargs.get("positions", args[0] if args else None)
+            query = kwargs.get("query", args[1] if len(args) > 1 else None)
+            if isinstance(query, torch.Tensor) and query.is_cpu and query.dim() == 3:
+                places.misread |= query.shape[1] > 1
             turn = places.calls[id(module)] = places.calls.get(id(module), 0) + 1
             rows = places.take(positions) if isinstance(positions, torch.Tensor) else None
             if turn == 1 and rows is not None:

@@ -136,8 +136,7 @@ def document(rows: Mapping[str, NativeRow]) -> str:
         "this page; the sentences of the last two tables are from benchmarks/native_findings.toml: "
         "what a person found who looked into the failure.",
         "",
-        f"{datetime.now(UTC).date().isoformat()}: {versions}. What is not checkable here was "
-        "measured before the quantised run's 4 bits and fp8 while loading, and before `reload`.",
+        f"{datetime.now(UTC).date().isoformat()}: {versions}.",
         "",
         "| | classes | what it means |",
         "|---|---|---|",
@@ -157,6 +156,20 @@ def document(rows: Mapping[str, NativeRow]) -> str:
     ):
         if by_kind[kind]:
             lines += ["", f"## {title}", "", *_table(kind, by_kind[kind])]
+    on_gpu = {
+        name: said["on_gpu"] for name, said in sorted(explanations().items()) if "on_gpu" in said
+    }
+    lines += [
+        "",
+        "## On a GPU",
+        "",
+        "Some of them on an NVIDIA H200, 2026-11-28 (vLLM 0.32.0 for CUDA, torch 2.11, "
+        "Transformers 5.19.0), in the same way; the last checkpoint tried, if not said otherwise.",
+        "",
+        "| architecture | what was seen |",
+        "|---|---|",
+        *(f"| {name} | {_cell(text)} |" for name, text in on_gpu.items()),
+    ]
     return "\n".join(lines) + "\n"
 
 

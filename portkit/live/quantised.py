@@ -73,17 +73,28 @@ def format_for(device: str, way: Way) -> Format | None:
     return None if way == "online" else "int8"
 
 
+def multiple_for(format: Format, device: str) -> int:
+    """Return what a layer's sizes must divide by.
+
+    vLLM's fp8 kernel for GPUs fills other sizes up, but stops where there is a scale for each row
+    (scaled_mm/cutlass.py sets weight_loader on the weight a second time).
+    """
+    if format == "int4":
+        return GROUP
+    return 1 if device == "cpu" else 16
+
+
 def plan(
     original: nn.Module,
     tensors: Collection[str],
     packed: dict[str, list[str]],
-    format: Format,
+    multiple: int,
     as_is: Callable[[str], bool] = lambda name: False,
 ) -> Plan:
     """Choose the layers: all linears but the head, a fused group of the last, one of the first.
 
     `original` is Transformers' model (it may be on the meta device), `tensors` the checkpoint's
-    names, `packed` the port's packed_modules_mapping; `as_is` tells by the checkpoint's name which
+    names, `packed` the port's packed_modules_mapping; sizes must divide by `multiple`; `as_is` tells by the checkpoint's name which
     linears the port cannot have quantised. A plan without `quantised` means that there
     is nothing to quantise.
     """
@@ -105,7 +116,7 @@ def plan(
         if name in stored
         and not _is_gate(original, name)
         and not as_is(stored[name])
-        and (format != "int4" or _fits(original, name, packed))
+        and _fits(original, name, packed, multiple)
     ]
     heads = [n for n, m in original.named_modules() if m is head and head is not None]
     members = {part for parts in packed.values() for part in parts}
@@ -162,13 +173,13 @@ def _is_gate(original: nn.Module, name: str) -> bool:
     return False
 
 
-def _fits(original: nn.Module, name: str, packed: dict[str, list[str]]) -> bool:
-    """Whether vLLM's 4-bit kernels take the layer, or the fused one that it is a part of."""
+def _fits(original: nn.Module, name: str, packed: dict[str, list[str]], multiple: int) -> bool:
+    """Whether vLLM's kernels take the layer, or the fused one that it is a part of."""
     parent, _, attr = name.rpartition(".")
     parts = next((parts for parts in packed.values() if attr in parts), [attr])
     layers = (getattr(original.get_submodule(parent), part, None) for part in parts)
     return all(
-        size % GROUP == 0
+        size % multiple == 0
         for layer in layers
         if isinstance(layer, nn.Linear)
         for size in (layer.in_features, layer.out_features)

@@ -31,13 +31,13 @@ from portkit.live.job import JobRequest
 from portkit.live.portmodule import port_class
 from portkit.live.prompts import prompts_for
 from portkit.live.quantised import (
-    GROUP,
     Format,
     Plan,
     Way,
     format_for,
     in_port,
     logprobs,
+    multiple_for,
     online,
     plan,
     quantised_original,
@@ -91,12 +91,13 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     def as_is(name: str) -> bool:
         return name in closed or in_port(name, cls) in closed
 
-    chosen = plan(original, set(checkpoint.names), packed, format, as_is)
+    multiple = multiple_for(format, device)
+    chosen = plan(original, set(checkpoint.names), packed, multiple, as_is)
     if not chosen.quantised:
         return {
             "nothing": "the original has no nn.Linear that its checkpoint names"
             + (" outside vLLM's blocks that can be given no quant_config" if closed else "")
-            + (f" and whose sizes divide by {GROUP}" if format == "int4" else "")
+            + (f" and whose sizes divide by {multiple}" if multiple > 1 else "")
         }
     folder = checkpoint.root
     if way != "online":

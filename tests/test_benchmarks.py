@@ -75,7 +75,7 @@ def test_what_is_said_of_vllms_own_classes_names_checks_and_has_a_reason():
     checks = {check.id for checks in all_checks().values() for check in checks}
     for architecture, entry in said.items():
         assert architecture in in_scope()
-        assert set(entry) <= {"kind", "checks", "says", "published", "usual"}
+        assert set(entry) <= {"kind", "checks", "says", "published", "usual", "on_gpu"}
         assert set(entry.get("checks", ())) <= checks
         if "kind" in entry:
             assert entry["kind"] in ("finding", "not checkable", "false alarm")

@@ -94,9 +94,9 @@ def plan(
     """Choose the layers: all linears but the head, a fused group of the last, one of the first.
 
     `original` is Transformers' model (it may be on the meta device), `tensors` the checkpoint's
-    names, `packed` the port's packed_modules_mapping; sizes must divide by `multiple`; `as_is` tells by the checkpoint's name which
-    linears the port cannot have quantised. A plan without `quantised` means that there
-    is nothing to quantise.
+    names, `packed` the port's packed_modules_mapping; sizes must divide by `multiple`; `as_is`
+    tells by the checkpoint's name which linears the port cannot have quantised. A plan without
+    `quantised` means that there is nothing to quantise.
     """
     conversions = conversions_of(str(getattr(original.config, "model_type", "")))
     stored = {

@@ -99,8 +99,8 @@ class LoraAdapters(Check):
             )
         said = (
             f"An adapter of {len(found['layers'])} linear layers moves log-probabilities by up to "
-            f"{found['effect']:.2g}, as Transformers' to {found['all']['max_abs']:.1e}; one with "
-            f"B = 0 moves none."
+            f"{found['effect']:.2g}, as Transformers' to {found['all']['max_abs']:.1e} (tolerance "
+            f"{found['tolerance'][0]:.2g}); one with B = 0 moves none."
         )
         if reason := refusal(open_checkpoint(port.checkpoint).config, 2):
             return self.passed(f"{said} Two ranks: {reason}.", *tables, job=job)

@@ -30,7 +30,7 @@ WRITTEN = [
     ("gpt2", "weights", "self.scaling /= float(layer_idx + 1)"),
     # Linears in a module of their own, angles made by the attention, a window that is not applied.
     ("moshi", "forward", "self.q_proj = nn.Linear("),
-    ("moshi", "weights", '".q_proj.linear.": ".q_proj.",'),
+    ("moshi", "weights", '".q_proj.linear": ".q_proj",'),
     ("moshi", "weights", "[ffn_dim // 2] * 2"),
     ("moshi", "weights", "self.rotary_emb = get_rope("),
     ("moshi", "weights", "cache_config.sliding_window = None"),

@@ -120,13 +120,14 @@ def plan(
     ]
     heads = [n for n, m in original.named_modules() if m is head and head is not None]
     members = {part for parts in packed.values() for part in parts}
-    fused = [n for n in names if n.rpartition(".")[2] in members]
-    single = [n for n in names if n.rpartition(".")[2] not in members]
+    fused = [n for n in names if _split(n, members)[1] in members]
+    single = [n for n in names if _split(n, members)[1] not in members]
     left = [name for name in linears if name not in names]
     if fused:
-        parent, _, attr = fused[-1].rpartition(".")
+        parent, attr, inner = _split(fused[-1], members)
         group = next(parts for parts in packed.values() if attr in parts)
-        left += [f"{parent}.{part}" for part in group if f"{parent}.{part}" in names]
+        alike = [f"{parent}.{part}{inner}" for part in group]
+        left += [name for name in alike if name in names]
     if len(single) > 1:
         left.append(single[0])
     experts = [
@@ -160,6 +161,18 @@ def plan(
     return Plan(chosen, stored, ignored, tuple(experts))
 
 
+def _split(name: str, members: Collection[str]) -> tuple[str, str, str]:
+    """Return what holds a linear, its name there, and the rest.
+
+    The rest is "" unless the original wraps the linear: Moshi's q_proj.linear, a part of qkv_proj.
+    """
+    parent, _, attr = name.rpartition(".")
+    outer, _, wrapper = parent.rpartition(".")
+    if attr not in members and wrapper in members:
+        return outer, wrapper, f".{attr}"
+    return parent, attr, ""
+
+
 def _is_gate(original: nn.Module, name: str) -> bool:
     """Whether the linear chooses among experts, or weighs the shared one: none quantises these."""
     block = name.rpartition(".")[0]
@@ -175,9 +188,10 @@ def _is_gate(original: nn.Module, name: str) -> bool:
 
 def _fits(original: nn.Module, name: str, packed: dict[str, list[str]], multiple: int) -> bool:
     """Whether vLLM's kernels take the layer, or the fused one that it is a part of."""
-    parent, _, attr = name.rpartition(".")
+    parent, attr, inner = _split(name, {part for parts in packed.values() for part in parts})
     parts = next((parts for parts in packed.values() if attr in parts), [attr])
-    layers = (getattr(original.get_submodule(parent), part, None) for part in parts)
+    modules = dict(original.named_modules())
+    layers = (modules.get(f"{parent}.{part}{inner}") for part in parts)
     return all(
         size % multiple == 0
         for layer in layers

@@ -39,7 +39,8 @@ def plain_linears(module: cst.Module) -> tuple[cst.Module, tuple[str, ...]]:
 def unwrap_linears(module: cst.Module) -> tuple[cst.Module, tuple[tuple[str, str], ...]]:
     """The file with nn.Linear in place of modules that only call one, and what that renames.
 
-    [(".q_proj.linear.", ".q_proj."), ...]: piece of a checkpoint's name, and of the port's.
+    [(".q_proj.linear", ".q_proj"), ...]: piece of a checkpoint's name, and of the port's. No
+    dot behind it: a quantised checkpoint's ignore list, which vLLM renames alike, ends there.
     """
     wrappers = {
         c.name.value: found
@@ -58,7 +59,7 @@ def unwrap_linears(module: cst.Module) -> tuple[cst.Module, tuple[tuple[str, str
             value = edit.call_argument(pair[1], position, parameter)
             if value is not None:
                 made = _with_value(made, parameter, edit.flat(value))
-        renamed.append((f".{pair[0]}.{inner}.", f".{pair[0]}."))
+        renamed.append((f".{pair[0]}.{inner}", f".{pair[0]}"))
         line = edit.statement(f"self.{pair[0]} = {edit.flat(made)}")
         return line.with_changes(leading_lines=here.leading_lines)
 

@@ -10,6 +10,7 @@ import pytest
 from seeds import edit
 
 from portkit.adopt import adopt
+from portkit.architectures import in_scope
 from portkit.checks.runner import checks_of, run_checks, run_one
 from portkit.errors import PortkitError
 from portkit.live.client import live_for
@@ -24,6 +25,20 @@ def verdict(port, step: str, check: str, loader: str = ""):
             (found,) = (c for c in checks_of(step) if c.id == check)
             return run_one(found, port, lambda text: None, loader)
         return {v.check: v for v in run_checks(port, step, only=[check])}[check]
+
+
+def tiny(file: str, architecture: str, root: Path, **settings):
+    """vLLM's class adopted on a small random checkpoint made as asked."""
+    out = root / "checkpoint"
+    done = live_for(None).run(
+        "random_checkpoint",
+        architecture=architecture,
+        model_type=in_scope()[architecture],
+        out=str(out),
+        **settings,
+    )
+    assert done.ok, done.what
+    return adopt(f"{MODELS}.{file}", architecture=architecture, checkpoint=out, root=root / "ports")
 
 
 def at_line(port, where: str) -> str:
@@ -113,17 +128,8 @@ def test_a_router_made_of_a_linear_is_not_quantised_and_an_attention_may_name_it
     """Afmoe's router.gate is an nn.Linear, and its attention hands the mask on by name."""
     published = {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}
     for options in ("default", "hard"):
-        out, name = tmp_path / options, "AfmoeForCausalLM"
-        done = live_for(None).run(
-            "random_checkpoint",
-            architecture=name,
-            model_type="afmoe",
-            out=str(out),
-            set=published,
-            options=options,
-        )
-        assert done.ok, done.what
-        port = adopt(f"{MODELS}.afmoe", architecture=name, checkpoint=out, name=options, root=out)
+        root = tmp_path / options
+        port = tiny("afmoe", "AfmoeForCausalLM", root, set=published, options=options)
         if options == "default":
             with live_for(port) as live:
                 job = live.run("quantised", timeout=240.0, loader="port", way="8 bits")
@@ -136,16 +142,7 @@ def test_a_router_made_of_a_linear_is_not_quantised_and_an_attention_may_name_it
 @pytest.mark.vllm
 def test_a_router_that_is_no_linear_is_ignored_by_name(tmp_path):
     """vLLM's Qwen3Moe has it in a linear that quant_config reaches, as ignore lists know."""
-    out, name = tmp_path / "checkpoint", "Qwen3MoeForCausalLM"
-    done = live_for(None).run(
-        "random_checkpoint",
-        architecture=name,
-        model_type="qwen3_moe",
-        out=str(out),
-        options="default",
-    )
-    assert done.ok, done.what
-    port = adopt(f"{MODELS}.qwen3_moe", architecture=name, checkpoint=out, root=tmp_path / "ports")
+    port = tiny("qwen3_moe", "Qwen3MoeForCausalLM", tmp_path, options="default")
     with live_for(port) as live:
         job = live.run("quantised", timeout=240.0, loader="port", way="8 bits")
     assert job.ok, job.what
@@ -223,19 +220,7 @@ def test_a_class_that_is_compiled_as_a_whole_is_watched_too(tmp_path):
 @pytest.mark.vllm
 def test_adapters_beside_experts_are_left_to_a_gpu(tmp_path):
     """Without adapters the experts have a kernel on a CPU, in a file that the port imports."""
-    out = tmp_path / "checkpoint"
-    name = "GraniteMoeSWAForCausalLM"
-    done = live_for(None).run(
-        "random_checkpoint",
-        architecture=name,
-        model_type="granitemoe_swa",
-        out=str(out),
-        options="default",
-    )
-    assert done.ok, done.what
-    port = adopt(
-        f"{MODELS}.granitemoeshared", architecture=name, checkpoint=out, root=tmp_path / "ports"
-    )
+    port = tiny("granitemoeshared", "GraniteMoeSWAForCausalLM", tmp_path, options="default")
     assert "FusedMoE" not in port.source
     with live_for(port) as live:
         job = live.run("lora", timeout=240.0, loader="port")
@@ -254,16 +239,7 @@ def test_a_norm_that_gets_a_row_for_each_head_is_no_divergence(tmp_path):
 @pytest.mark.vllm
 def test_the_longest_context_is_what_vllm_makes_of_the_config(tmp_path):
     """The smallest of several fields: `model_max_length` counts too."""
-    out, name = tmp_path / "checkpoint", "LlamaForCausalLM"
-    done = live_for(None).run(
-        "random_checkpoint",
-        architecture=name,
-        model_type="llama",
-        out=str(out),
-        set={"model_max_length": 256},
-    )
-    assert done.ok, done.what
-    port = adopt(f"{MODELS}.llama", architecture=name, checkpoint=out, root=tmp_path / "ports")
+    port = tiny("llama", "LlamaForCausalLM", tmp_path, set={"model_max_length": 256})
     with live_for(port) as live:
         job = live.run("layout")
     assert job.ok, job.what
@@ -305,17 +281,8 @@ def test_latent_attention_is_compared_expanded_and_what_follows_is_located(tmp_p
     neither is where the sides part. The class takes softmax for routers where the config says
     nothing; Transformers' config class writes no scoring_func, and its router takes a sigmoid.
     """
-    out, name = tmp_path / "checkpoint", "DeepseekV3ForCausalLM"
-    done = live_for(None).run(
-        "random_checkpoint",
-        architecture=name,
-        model_type="deepseek_v3",
-        out=str(out),
-        options="default",
-        set={"topk_method": "noaux_tc", "kv_lora_rank": 64, "rms_norm_eps": 1e-6},
-    )
-    assert done.ok, done.what
-    port = adopt(f"{MODELS}.deepseek_v2", architecture=name, checkpoint=out, root=tmp_path)
+    usual = {"topk_method": "noaux_tc", "kv_lora_rank": 64, "rms_norm_eps": 1e-6}
+    port = tiny("deepseek_v2", "DeepseekV3ForCausalLM", tmp_path, options="default", set=usual)
     found = verdict(port, "forward", "prefill_parity")
     if "cpu" in found.device:  # vLLM's rotary kernel for CPUs misreads queries of three dimensions
         assert "[tokens, heads, head_dim]" in found.causes[0], found.causes

@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 UNUSUAL = {
     "HYV3ForCausalLM": "the checkpoint calls shared experts and routers otherwise",
     "NemotronHForCausalLM": "the checkpoint calls every linear otherwise",
+    "MoshiForCausalLM": "a module of its own around each of the attention's linears",
     "DbrxForCausalLM": "rows of all experts under each other, and a router of its own class",
 }
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from portkit.live.checkpoint import open_checkpoint
 from portkit.live.device import find_device
+from portkit.live.engine import expand_latents
 from portkit.live.job import JobRequest
 from portkit.live.profile import Profile
 from portkit.live.prompts import prompts_for
@@ -40,6 +41,7 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     profile = Profile.for_device(find_device()[0])
     prompts = [list(p) for p in prompts_for(port, checkpoint, longest=256).short]
     options = {k: v for k, v in profile.options.items() if k in USER_OPTIONS}
+    expand_latents(port, checkpoint.config, options["dtype"])
     say("a fresh Python process, with nothing of portkit")
     answer = run_script(
         request.args["python"] or sys.executable,

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from portkit.errors import PortkitError
 from portkit.live.checkpoint import open_checkpoint
 from portkit.live.device import find_device
+from portkit.live.engine import expand_latents
 from portkit.live.job import JobRequest
 from portkit.live.profile import Profile
 from portkit.live.prompts import prompts_for
@@ -47,6 +48,7 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
             "Put the model's tokenizer files beside its weights.",
         )
     texts = prompts_for(port, checkpoint, longest=256).texts or ("Once upon a time",)
+    expand_latents(port, checkpoint.config, "float32")
     number = free_port()
     command = [*request.args["command"], *_options(checkpoint.config), "--port", str(number)]
     command = [str(port.checkpoint.resolve()) if word == "CHECKPOINT" else word for word in command]

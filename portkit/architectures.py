@@ -10,11 +10,12 @@ import ast
 import difflib
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 
 from portkit.errors import PortkitError
 
@@ -116,7 +117,8 @@ def causal_architectures() -> dict[str, str]:
     return found
 
 
-def in_scope() -> dict[str, str]:
+@cache
+def in_scope() -> Mapping[str, str]:
     """Return architecture → model type of what the workbook ports: decoders that stand alone.
 
     Out, by Transformers' own tables and nothing else: decoders of encoder-decoder, speech and sound
@@ -129,7 +131,7 @@ def in_scope() -> dict[str, str]:
             architecture = _architecture(name, model_type)
             if not _needs_another(architecture):
                 found[name] = model_type
-    return found
+    return MappingProxyType(found)
 
 
 def _kind_of_type(model_type: str) -> str:

@@ -111,8 +111,9 @@ def _measure(
         "kv_cache_gib": 24 if args.size != "tiny" else 1,
     }
     if args.turns:
-        settings |= {"turns": str(folder / "turns"), "ways": ways}
-        (folder / "turns").mkdir()
+        turns = folder / f"{model}-turns"
+        settings |= {"turns": str(turns), "ways": ways}
+        turns.mkdir()
 
     def measured(way: str, port: Port) -> Rows | str:
         with live_for(port) as live:

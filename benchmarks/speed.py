@@ -125,6 +125,8 @@ def _measure(
                 **settings,
             )
         if not result.ok:
+            if args.turns:  # or the others would wait for it
+                (turns / f"{way}-out").touch()
             return result.what
         return {row["batch"]: row for row in result.value["rows"]}
 

@@ -72,7 +72,10 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 class _Turns:
-    """Several processes that do one thing at a time, in the order of `ways`, round by round."""
+    """Several processes that do one thing at a time, in the order of `ways`, round by round.
+
+    For a way that failed its starter puts `<way>-out` into the folder.
+    """
 
     def __init__(self, folder: Path, ways: Sequence[str], way: str) -> None:
         self.folder, self.way, self.round = folder, way, 0
@@ -84,10 +87,12 @@ class _Turns:
     def next(self) -> Iterator[None]:
         """Wait for this way's next turn. Raises PortkitError if another way never comes to its."""
         self.round += 1
-        waited_for = [self._done(way, self.round) for way in self.before]
-        waited_for += [self._done(way, self.round - 1) for way in self.after]
+        waited_for = [(way, self._done(way, self.round)) for way in self.before]
+        waited_for += [(way, self._done(way, self.round - 1)) for way in self.after]
         until = time.monotonic() + PATIENCE
-        while not all(mark.exists() for mark in waited_for):
+        while not all(
+            mark.exists() or (self.folder / f"{way}-out").exists() for way, mark in waited_for
+        ):
             if time.monotonic() > until:
                 raise PortkitError(
                     f"Another way did not take its turn in {PATIENCE:.0f} s.",

@@ -1,7 +1,7 @@
 """Tokens per second of what the drafts write, beside vLLM's native class and Transformers backend.
 
     python benchmarks/speed.py [--models llama,helium] [--batches 1,32,512] [--tokens 128,256]
-                               [--repeats 5] [--seconds 10] [--size 1.2b|tiny] [--write FILE]
+                               [--repeats 5] [--seconds 10] [--size 1.2b|8b|tiny] [--write FILE]
                                [--ways port,native,transformers_backend] [--turns]
 
 For an NVIDIA GPU: bfloat16, torch.compile and CUDA graphs. A checkpoint with random weights is
@@ -45,6 +45,16 @@ SIZES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "max_position_embeddings": 4096,
     },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "max_position_embeddings": 4096,
+    },
     "tiny": {
         "hidden_size": 128,
         "intermediate_size": 256,
@@ -56,7 +66,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 1024,
     },
 }
-"""Llama 3.2's 1.2 billion parameters, and a size to try the script with."""
+"""Llama 3.2's 1.2 billion parameters, Llama 3.1's 8, and a size to try the script with."""
 START_SECONDS = 280.0
 Rows = dict[int, dict[str, Any]]
 """Batch → a row of job tokens_per_second: rates, step_ms."""
@@ -108,8 +118,18 @@ def _measure(
         "tokens_out": tokens_out,
         "repeats": args.repeats,
         "seconds": args.seconds,
-        "kv_cache_gib": 24 if args.size != "tiny" else 1,
+        "kv_cache_gib": _cache_gib(SIZES[args.size], max(batches), tokens_in + tokens_out),
     }
+    checkpoint = folder / f"{model}-checkpoint"
+    made = live_for(None).run(
+        "sized_checkpoint",
+        timeout=300.0,
+        model_type=model,
+        config=SIZES[args.size],
+        out=str(checkpoint),
+    )
+    if not made.ok:
+        raise Failed(f"no checkpoint: {made.what}")
     if args.turns:
         turns = folder / f"{model}-turns"
         settings |= {"turns": str(turns), "ways": ways}
@@ -131,23 +151,23 @@ def _measure(
         return {row["batch"]: row for row in result.value["rows"]}
 
     if not args.turns:
-        port = _port(model, folder, SIZES[args.size])
+        port = _port(model, checkpoint, folder)
         return {way: measured(way, port) for way in ways}
     # A worker does one job at a time: each way has a port, and so a worker, of its own.
-    ports = {way: _port(model, folder / way, SIZES[args.size]) for way in ways}
+    ports = {way: _port(model, checkpoint, folder / way) for way in ways}
     with ThreadPoolExecutor(len(ways)) as pool:
         running = {way: pool.submit(measured, way, port) for way, port in ports.items()}
         return {way: one.result() for way, one in running.items()}
 
 
-def _port(model: str, folder: Path, sizes: dict[str, Any]) -> Port:
-    """Draft a port on a checkpoint of this size with random weights."""
-    checkpoint = folder / f"{model}-checkpoint"
-    made = live_for(None).run(
-        "sized_checkpoint", timeout=300.0, model_type=model, config=sizes, out=str(checkpoint)
-    )
-    if not made.ok:
-        raise Failed(f"no checkpoint: {made.what}")
+def _cache_gib(sizes: dict[str, Any], batch: int, tokens: int) -> int:
+    """Return twice what keys and values take in bfloat16, in GiB; 1 at least."""
+    token = 2 * 2 * sizes["num_hidden_layers"] * sizes["num_key_value_heads"] * sizes["head_dim"]
+    return 1 + (2 * token * batch * tokens >> 30)
+
+
+def _port(model: str, checkpoint: Path, folder: Path) -> Port:
+    """Draft a port of this checkpoint's model."""
     port = new_port(model, checkpoint=checkpoint, root=folder / "ports")
     for step in STEPS:
         outcome = apply_draft(port, step)

@@ -130,12 +130,7 @@ def plan(
         left += [name for name in alike if name in names]
     if len(single) > 1:
         left.append(single[0])
-    experts = [
-        name
-        for name, module in original.named_modules()
-        if any(parameter.dim() > 2 for parameter in module.parameters(recurse=False))
-        and not isinstance(module, nn.modules.conv._ConvNd)
-    ]
+    experts = [name for name, module in original.named_modules() if is_stack(module)]
     if experts:  # the checkpoint, and vLLM with it, may call them otherwise (block_sparse_moe)
         holders = {match[1] for name in tensors if (match := EXPERT.match(name))}
         experts += sorted(holders - set(experts))
@@ -159,6 +154,12 @@ def plan(
     rounded = {stored[n] for n in chosen}
     ignored = (*left, *heads, *routers, *(n for n in renamed if n not in rounded))
     return Plan(chosen, stored, ignored, tuple(experts))
+
+
+def is_stack(module: nn.Module) -> bool:
+    """Whether a module holds the weights of experts as one tensor."""
+    stacked = any(parameter.dim() > 2 for parameter in module.parameters(recurse=False))
+    return stacked and not isinstance(module, nn.modules.conv._ConvNd)
 
 
 def _split(name: str, members: Collection[str]) -> tuple[str, str, str]:

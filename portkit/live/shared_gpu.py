@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from vllm.distributed import get_pp_group
 from vllm.distributed.parallel_state import GroupCoordinator
+from vllm.model_executor.layers.minimax_rms_norm import rms_norm_tp
 from vllm.v1.worker.gpu_worker import Worker
 
 
@@ -23,6 +24,9 @@ class SharedGPUWorker(Worker):
 
         self.local_rank = 0
         type(current_platform).dist_backend = "gloo"
+        # MiniMax-M2's kernel for the norms of queries and keys sums over ranks by itself, in its
+        # peers' memory; that goes wrong on one GPU. Without it vLLM has the group sum.
+        rms_norm_tp._MINIMAX_FUSED_AR_RMS_QK = None
         super().init_device()
         if get_pp_group().world_size > 1:
             _hand_on_over_the_cpu(get_pp_group())

@@ -35,7 +35,7 @@ from portkit.live.missing_kernels import missing_kernel
 from portkit.live.portmodule import port_class
 from portkit.live.profile import Tolerance
 from portkit.live.prompts import noise_prompt, prompts_for
-from portkit.live.quantised import logprobs
+from portkit.live.quantised import is_stack, logprobs
 from portkit.live.reference import Reference, load_model, original_class
 from portkit.live.rehearsal import how, rehearse
 from portkit.port import Port
@@ -44,6 +44,10 @@ REFUSED = "does not support LoRA"
 """What vLLM says of a class without SupportsLoRA (v1/worker/lora_model_runner_mixin.py)."""
 HALF = 4
 """How often Transformers' own rounding to float16 the port may be away from it: both round."""
+FLIPS = 3
+"""In float16 one prompt in so many may be further away where a router chooses: of two experts that
+are near each other, rounding takes the other. On an H200, MiniMax-M2, it moved 2 prompts of 6 by
+0.13 and 0.20, the others by 0.01 (2026-11-28)."""
 SHOWS = 3
 """How many tolerances an adapter must move the model by for the comparison to tell anything."""
 ROWS = 8
@@ -118,6 +122,8 @@ class _Comparison:
         self.plain = self._theirs({})
         self.numbers = itertools.count(1)
         self.half = half
+        chooses = any(n.endswith(".experts") or is_stack(m) for n, m in original.named_modules())
+        self.flips = len(self.prompts) // FLIPS if half and chooses else 0
         self.limit = self._in_half() if half else self._in_float32()
 
     def _in_float32(self) -> Tolerance:
@@ -133,7 +139,8 @@ class _Comparison:
         return Tolerance(
             HALF * noise,
             f"float16, which vLLM's LoRA kernels for GPUs take, moves Transformers itself by "
-            f"{noise:.1e}; {HALF} times that is allowed",
+            f"{noise:.1e}; {HALF} times that is allowed"
+            + (f", and {self.flips} prompts may be read by other experts" if self.flips else ""),
         )
 
     def gather(self, paths: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
@@ -184,7 +191,8 @@ class _Comparison:
     def _judged(self, ours: np.ndarray | str, theirs: np.ndarray) -> dict[str, Any]:
         if isinstance(ours, str):
             return {"error": ours, "max_abs": float("inf"), "ok": False}
-        distance = _distance(ours, theirs)
+        apart = sorted(_distance(one, other) for one, other in zip(ours, theirs, strict=True))
+        distance = apart[-1 - self.flips]
         return {"error": "", "max_abs": distance, "ok": distance <= self.limit.value}
 
     def _parts(self, paths: Sequence[str]) -> list[dict[str, Any]]:
@@ -213,10 +221,10 @@ class _Comparison:
         for other in names:
             moved = {f"{p.rpartition('.')[0]}.{other}": pair for p, pair in adapter.items()}
             try:
-                distance = _distance(ours, self._theirs(moved))
+                alike = self._judged(ours, self._theirs(moved))["ok"]
             except (AttributeError, RuntimeError):  # no such layer there, or another shape
                 continue
-            if distance <= self.limit.value:
+            if alike:
                 return other
         return ""
 

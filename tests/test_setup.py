@@ -232,6 +232,8 @@ def test_set_up_then_a_quick_second_run(furnished, index):
     kernel = json.loads((venv / "share/jupyter/kernels/portkit/kernel.json").read_text())
     assert kernel["argv"][0] == str(venv / "bin/python")
     assert kernel["env"]["PATH"].startswith(str(venv / "bin"))
+    lab = json.loads((venv / "etc/jupyter/labconfig/page_config.json").read_text())
+    assert lab["disabledExtensions"] == {"@jupyterlab/apputils-extension:announcements": True}
     assert (venv / "share/portkit/pebble-1.0.tar.gz").read_bytes() == b"pebble"
     assert (venv / "bin/portkit").exists()
 

@@ -55,9 +55,9 @@ class ConfigFields(Check):
                 for row in moving
             )
             return self.passed(
-                f"The port reads {len(found['read'])} fields of the config; of the "
-                f"{len(rows) - len(moving)} others that {found['file']} reads none moves the "
-                f"answer.{rest}",
+                f"The port reads {len(found['read'])} fields of the config; beside them "
+                f"{found['file']} reads {len(rows) - len(moving)}, of which none moves the answer."
+                f"{rest}",
                 table,
                 job=job,
             )

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from portkit.checks.base import Check, CheckContext
 from portkit.checks.verdict import Table, Verdict
 from portkit.errors import PortkitError
-from portkit.live import layers
+from portkit.live import rank_layout
 from portkit.live.checkpoint import open_checkpoint
 from portkit.live.evidence import gather, run_with_a_loader
 from portkit.live.job import JobResult
@@ -70,7 +70,7 @@ class _Rehearsal(Check):
         tables = [cases_table(found)]
         talks = []
         if layout.ok and self.ranks > 1:
-            talks = layers.talks(layout.value, found["collectives"][0])
+            talks = rank_layout.talks(layout.value, found["collectives"][0])
             tables += [talk_table(talks), rank_table(found), _share_table(layout.value, self.ranks)]
         bad = [case for case in found["cases"] if not case["ok"]]
         if bad:
@@ -88,7 +88,7 @@ class _Rehearsal(Check):
         spare = [t.path for t in talks if t.spare]
         share = ""
         if layout.ok and self.ranks > 1:
-            whole, part = layers.held(layout.value, self.ranks)
+            whole, part = rank_layout.held(layout.value, self.ranks)
             share = f" Each rank holds {part / whole:.0%} of the parameters."
         note = f" {', '.join(spare)} talk more than they need to." if spare else ""
         return self.passed(
@@ -135,7 +135,7 @@ class _Rehearsal(Check):
         context: CheckContext,
         job: JobResult,
         bad: list[dict[str, Any]],
-        talks: list[layers.Talk],
+        talks: list[rank_layout.Talk],
         tables: list[Table],
     ) -> Verdict:
         found = job.value
@@ -275,7 +275,7 @@ def rank_table(found: dict[str, Any]) -> Table:
     )
 
 
-def talk_table(talks: list[layers.Talk]) -> Table:
+def talk_table(talks: list[rank_layout.Talk]) -> Table:
     return Table(
         "Collectives in one forward",
         ("module", "modules", "each calls", "each needs"),
@@ -285,7 +285,7 @@ def talk_table(talks: list[layers.Talk]) -> Table:
 
 def _share_table(layout: dict[str, Any], ranks: int) -> Table:
     try:
-        rows = layers.shares(layout, ranks)
+        rows = rank_layout.shares(layout, ranks)
     except (KeyError, IndexError) as error:
         raise PortkitError(
             f"The shares of {ranks} ranks are not known.", "", "Run the check again."

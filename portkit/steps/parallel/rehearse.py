@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from portkit.checks.verdict import Table
-from portkit.live import layers
+from portkit.live import rank_layout
 from portkit.live.client import live_for
 from portkit.live.evidence import has_load_weights
 from portkit.live.job import JobResult
@@ -58,7 +58,9 @@ def _talks(live: Any, found: dict[str, Any], ranks: int) -> Table | None:
     if ranks == 1 or not found.get("collectives"):
         return None
     layout = live.run("layout", timeout=TIMEOUT)
-    return talk_table(layers.talks(layout.value, found["collectives"][0])) if layout.ok else None
+    return (
+        talk_table(rank_layout.talks(layout.value, found["collectives"][0])) if layout.ok else None
+    )
 
 
 def _stopped(job: JobResult) -> list[Block]:

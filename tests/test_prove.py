@@ -74,6 +74,7 @@ def test_a_model_that_is_not_compiled_is_named_as_that(bench):
     verdict = run(bench, AsUsersRunIt, edit("@support_torch_compile\n", ""))
     assert verdict.status == "failed"
     assert "did not compile" in verdict.what and "@support_torch_compile" in verdict.next
+    assert "class HeliumModel" in verdict.where
     assert "Not compiled" in for_failure(verdict).pointer
 
 
@@ -90,6 +91,7 @@ def test_a_branch_that_tracing_fixes_is_seen_only_compiled(bench):
     verdict = run(bench, AsUsersRunIt, seed)
     assert verdict.status == "failed" and "Δ log p" in verdict.what
     assert "Eager passes and compiled does not" in verdict.causes[0]
+    assert verdict.where.endswith("if positions.shape[0] > 1024:")
     assert "vLLM traces forward once" in for_failure(verdict).pointer
     assert "__init__" in verdict.next
 
@@ -108,6 +110,7 @@ def test_state_kept_between_calls_shows_when_a_prompt_is_asked_again(bench):
     )
     verdict = run(bench, TensorParallel, seed)
     assert verdict.status == "failed" and "Asked again" in verdict.what
+    assert verdict.where.endswith("if self.seen > 1:")
     assert "keeps state between calls" in words(verdict)
 
 

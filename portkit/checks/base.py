@@ -109,3 +109,10 @@ class Check(ABC):
             tables=tuple(tables),
             **more,
         )
+
+
+def place(port: Port, line: int) -> str:
+    """Return "file:line: the text there" for a line of the port's modeling file."""
+    text = port.source.splitlines()
+    shown = text[line - 1].strip() if 0 < line <= len(text) else ""
+    return f"{port.modeling.name}:{line}: {shown}" if shown else port.modeling.name

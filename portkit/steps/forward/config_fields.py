@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from portkit.checks.base import Check, CheckContext
+from portkit.checks.base import Check, CheckContext, place
 from portkit.checks.verdict import Table, Verdict
 from portkit.live.evidence import gather
 from portkit.steps.forward.parity import STEP
@@ -92,5 +92,5 @@ def _place(context: CheckContext, row: dict[str, Any]) -> str:
     port = context.port
     for number, text in enumerate(port.source.splitlines(), 1):
         if re.match(rf"class {row['class']}\b", text):
-            return f"{port.modeling.name}:{number}: {text.strip()}"
+            return place(port, number)
     return port.modeling.name

@@ -7,7 +7,7 @@ builds the port's layers without weights, for every number of ranks; `rehearsal`
 from __future__ import annotations
 
 from portkit.analysis.facts import facts_of
-from portkit.checks.base import Check, CheckContext
+from portkit.checks.base import Check, CheckContext, place
 from portkit.checks.verdict import Table, Verdict
 from portkit.live import layers
 from portkit.live.checkpoint import open_checkpoint
@@ -21,7 +21,6 @@ from portkit.steps.parallel.rehearsals import (
     RehearsalTp1,
     RehearsalTp2,
     RehearsalTp4,
-    place,
     wrong_cases,
 )
 

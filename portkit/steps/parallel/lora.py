@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from portkit.checks.base import Check, CheckContext
+from portkit.checks.base import Check, CheckContext, place
 from portkit.checks.verdict import Table, Verdict
 from portkit.live.checkpoint import open_checkpoint
 from portkit.live.evidence import gather, has_load_weights
 from portkit.live.job import JobResult
 from portkit.live.rank_counts import refusal
-from portkit.steps.parallel.rehearsals import STEP, place
+from portkit.steps.parallel.rehearsals import STEP
 from portkit.steps.weights.parity import line_of_loading
 
 MAPPING = "packed_modules_mapping"

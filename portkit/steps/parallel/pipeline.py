@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from portkit.checks.base import Check, CheckContext
+from portkit.checks.base import Check, CheckContext, place
 from portkit.checks.verdict import Verdict
 from portkit.live.checkpoint import open_checkpoint
 from portkit.live.evidence import gather, run_with_a_loader
 from portkit.live.job import JobResult
 from portkit.port import Port
-from portkit.steps.parallel.rehearsals import STEP, cases_table, place
+from portkit.steps.parallel.rehearsals import STEP, cases_table
 
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 CAUSES = (

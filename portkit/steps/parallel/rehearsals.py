@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from portkit.checks.base import Check, CheckContext
+from portkit.checks.base import Check, CheckContext, place
 from portkit.checks.verdict import Table, Verdict
 from portkit.errors import PortkitError
 from portkit.live import rank_layout
@@ -12,7 +12,6 @@ from portkit.live.checkpoint import open_checkpoint
 from portkit.live.evidence import gather, run_with_a_loader
 from portkit.live.job import JobResult
 from portkit.live.rank_counts import possible, refusal
-from portkit.port import Port
 
 STEP = "parallel"
 
@@ -26,13 +25,6 @@ SPLIT_ORDER = (
 NOT_REDUCED = (
     "a RowParallelLinear has reduce_results=False, and nothing all-reduces its partial sums"
 )
-
-
-def place(port: Port, line: int) -> str:
-    """Return "file:line: the text there" for a line of the port's modeling file."""
-    text = port.source.splitlines()
-    shown = text[line - 1].strip() if 0 < line <= len(text) else ""
-    return f"{port.modeling.name}:{line}: {shown}" if shown else port.modeling.name
 
 
 class _Rehearsal(Check):

@@ -8,7 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from portkit.checks.base import Check, CheckContext
+from portkit.analysis.classes import view_module
+from portkit.analysis.facts import facts_of
+from portkit.checks.base import Check, CheckContext, place
 from portkit.checks.verdict import Table, Verdict
 from portkit.live.job import JobResult
 from portkit.port import Port, write_atomically
@@ -16,7 +18,8 @@ from portkit.report.html import page
 from portkit.report.markdown import to_markdown
 from portkit.report.proof import Proof, proof_report
 from portkit.steps.prove.gather import gather
-from portkit.steps.prove.judging import how, judge
+from portkit.steps.prove.judging import CARRIED, how, judge
+from portkit.steps.prove.traced import decided_by_python
 from portkit.steps.register import tree
 
 TOKENS = 24
@@ -28,6 +31,19 @@ FIXED = (
     "Eager passes and compiled does not: a Python branch or value in forward (a number of tokens, "
     "a first call, an attribute kept between calls) was fixed when vLLM traced it."
 )
+
+
+def _suspect(context: CheckContext) -> str:
+    """Return the first line where Python decides in a forward; the module if none does."""
+    lines = decided_by_python(context.port.source)
+    return place(context.port, lines[0]) if lines else context.port.module
+
+
+def _inner_model(context: CheckContext) -> str:
+    """Return the line of the class that vLLM compiles, the one below the ForCausalLM class."""
+    port = context.port
+    view = view_module(port.source).classes.get(facts_of(port.source, port.architecture).model)
+    return place(port, view.line) if view else port.module
 
 
 class _AsUsers(Check):
@@ -79,7 +95,7 @@ class AsUsersRunIt(_AsUsers):
                     "vLLM did not compile the port.",
                     *tables,
                     job=job,
-                    where=context.port.module,
+                    where=_inner_model(context),
                     next="Put @support_torch_compile on the inner model class (step 3).",
                 )
             if found.problem:
@@ -88,7 +104,7 @@ class AsUsersRunIt(_AsUsers):
                     found.problem,
                     *tables,
                     job=job,
-                    where=context.port.module,
+                    where=_suspect(context) if eager else context.port.module,
                     causes=tuple(filter(None, [FIXED if eager else found.cause])),
                     next="Decide in __init__ what can be decided there; say the rest in tensors."
                     if eager
@@ -123,7 +139,7 @@ class TensorParallel(_AsUsers):
                 found.problem,
                 found.table,
                 job=job,
-                where=context.port.module,
+                where=_suspect(context) if found.cause == CARRIED else context.port.module,
                 causes=tuple(filter(None, [ALONE if one else found.cause])),
                 next="portkit check parallel: its rehearsals say which module differs."
                 if one

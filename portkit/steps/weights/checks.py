@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from portkit.checks.base import Check, CheckContext
+from portkit.checks.base import Check, CheckContext, place
 from portkit.checks.verdict import Table, Verdict
 from portkit.live import loads
 from portkit.live.checkpoint import open_checkpoint
@@ -24,7 +24,6 @@ from portkit.steps.weights.parity import (
     LoadParityTp2,
     TiedHead,
     line_of_loading,
-    place,
 )
 from portkit.steps.weights.reload import Reload
 

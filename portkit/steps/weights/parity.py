@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from portkit.checks.base import Check, CheckContext
+from portkit.checks.base import Check, CheckContext, place
 from portkit.checks.verdict import Table, Verdict
 from portkit.live import loads
 from portkit.live.checkpoint import open_checkpoint
@@ -14,13 +14,6 @@ from portkit.live.rank_counts import refusal
 from portkit.port import Port
 
 STEP = "weights"
-
-
-def place(port: Port, line: int) -> str:
-    """Return "file:line: the text there" for a line of the port's modeling file."""
-    text = port.source.splitlines()
-    shown = text[line - 1].strip() if 0 < line <= len(text) else ""
-    return f"{port.modeling.name}:{line}: {shown}" if shown else port.modeling.name
 
 
 def line_of_loading(port: Port) -> str:

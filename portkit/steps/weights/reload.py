@@ -6,11 +6,11 @@ import ast
 import math
 from typing import Any
 
-from portkit.checks.base import Check, CheckContext
+from portkit.checks.base import Check, CheckContext, place
 from portkit.checks.verdict import Verdict
 from portkit.live.evidence import gather
 from portkit.port import Port
-from portkit.steps.weights.parity import STEP, line_of_loading, place
+from portkit.steps.weights.parity import STEP, line_of_loading
 
 CAUSES = (
     "load_weights writes into a parameter's data itself: while vLLM loads again, or quantises "

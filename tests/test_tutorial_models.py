@@ -23,6 +23,9 @@ from portkit.models import bundled, find
 from portkit.models.corpus import pieces
 from portkit.models.recipe import load_recipe
 
+# Several tests at a time: threads that wait for each other's cores take ten times as long.
+torch.set_num_threads(1)
+
 OTHERS = [name for name in bundled() if name != "helium"]
 
 

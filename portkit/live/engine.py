@@ -32,6 +32,7 @@ from portkit.live.device import find_device
 from portkit.live.portmodule import port_class
 from portkit.live.profile import Profile
 from portkit.live.ranks import forked_ranks
+from portkit.live.reference import one_thread_if_small
 from portkit.port import Port
 
 Prompt = Sequence[int] | torch.Tensor
@@ -42,8 +43,6 @@ POSITION_FIELDS = (
 )
 """vLLM takes the smallest of those that a config has (model_arch_config_convertor.py)."""
 """Config fields that say how many positions a model has; older ones have their own names."""
-SMALL = 256 << 20
-"""Bytes of weights below which one thread is fastest."""
 
 
 @dataclass(frozen=True)
@@ -250,10 +249,8 @@ def start(
     # The runner that takes inputs_embeds from any prompt; the newer one does not yet.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     expand_latents(port, opened.config, str(options["dtype"]))
-    if profile.device == "cpu" and sum(tensor.bytes for tensor in opened.tensors) < SMALL:
-        # Two threads wait longer for each other than a small product takes, above all on a busy
-        # machine; vLLM fixes the number when its worker starts.
-        torch.set_num_threads(1)
+    if profile.device == "cpu":
+        one_thread_if_small(opened)  # vLLM fixes the number when its worker starts
     if options["enforce_eager"]:
         # vLLM's sampler compiles small functions of its own: 12 s the first time, for nothing here.
         torch.compiler.set_stance("force_eager")

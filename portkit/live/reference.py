@@ -25,6 +25,8 @@ from portkit.errors import PortkitError
 from portkit.live.checkpoint import Checkpoint
 from portkit.port import Port, write_atomically
 
+SMALL = 256 << 20
+"""Bytes of weights below which one thread is fastest."""
 ATTENTION = "eager"
 SECOND_COPY = 100_000_000
 """The most parameters that are copied to float64, to measure rounding."""
@@ -147,9 +149,20 @@ def original_class(port: Port) -> type:
     return cls
 
 
+def one_thread_if_small(checkpoint: Checkpoint) -> None:
+    """Let PyTorch compute a small model on one thread of the CPU.
+
+    Two threads wait longer for each other than a small product takes, above all on a busy machine.
+    """
+    if sum(tensor.bytes for tensor in checkpoint.tensors) < SMALL:
+        torch.set_num_threads(1)
+
+
 def load_model(cls: type, checkpoint: Checkpoint, device: str = "cpu") -> nn.Module:
     """Load a Transformers class on a checkpoint: float32, eager attention, eval mode."""
     _same_names(cls, checkpoint)
+    if device == "cpu":
+        one_thread_if_small(checkpoint)
     model, info = cls.from_pretrained(
         str(checkpoint.root),
         dtype=torch.float32,

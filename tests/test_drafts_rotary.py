@@ -1,8 +1,9 @@
 """Drafts of rotary embeddings: get_rope where it computes the same, the author's code where not."""
 
+from drafting import copied, drafted
+
 from portkit.analysis.classes import view_module
 from portkit.analysis.rotary_table import rotary_table_of
-from tests.test_drafts import copied, drafted
 
 
 def forward(model: str) -> str:

@@ -1,9 +1,9 @@
 """Where a fused projection keeps q, k and v: facts of Transformers' own layouts, and drafts."""
 
 import pytest
+from drafting import copied, drafted
 
 from portkit.analysis.facts import facts_of
-from tests.test_drafts import copied, drafted
 
 CLASS = """
 class A(nn.Module):

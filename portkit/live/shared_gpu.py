@@ -25,7 +25,8 @@ class SharedGPUWorker(Worker):
         self.local_rank = 0
         type(current_platform).dist_backend = "gloo"
         # MiniMax-M2's kernel for the norms of queries and keys sums over ranks by itself, in its
-        # peers' memory; that goes wrong on one GPU. Without it vLLM has the group sum.
+        # peers' memory. In float32 on one GPU it went wrong (not tried on two GPUs, nor in 16 bits,
+        # which it may ask for). Without it vLLM has the group sum.
         rms_norm_tp._MINIMAX_FUSED_AR_RMS_QK = None
         super().init_device()
         if get_pp_group().world_size > 1:

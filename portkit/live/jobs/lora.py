@@ -46,8 +46,9 @@ HALF = 4
 """How often Transformers' own rounding to float16 the port may be away from it: both round."""
 FLIPS = 3
 """In float16 one prompt in so many may be further away where a router chooses: of two experts that
-are near each other, rounding takes the other. On an H200, MiniMax-M2, it moved 2 prompts of 6 by
-0.13 and 0.20, the others by 0.01 (2026-11-28)."""
+are near each other, rounding may take the other. Set after one measurement (H200, MiniMax-M2,
+2026-11-28): 2 prompts of 6 were away by 0.13 and 0.20, the others by 0.01. That other experts were
+chosen was not looked at; an adapter that goes astray on so few prompts is not seen."""
 SHOWS = 3
 """How many tolerances an adapter must move the model by for the comparison to tell anything."""
 ROWS = 8

@@ -158,14 +158,16 @@ def one_thread_if_small(checkpoint: Checkpoint) -> None:
         torch.set_num_threads(1)
 
 
-def load_model(cls: type, checkpoint: Checkpoint, device: str = "cpu") -> nn.Module:
+def load_model(
+    cls: type, checkpoint: Checkpoint, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """Load a Transformers class on a checkpoint: float32, eager attention, eval mode."""
     _same_names(cls, checkpoint)
     if device == "cpu":
         one_thread_if_small(checkpoint)
     model, info = cls.from_pretrained(
         str(checkpoint.root),
-        dtype=torch.float32,
+        dtype=dtype,
         attn_implementation=ATTENTION,
         local_files_only=True,
         output_loading_info=True,

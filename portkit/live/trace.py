@@ -10,9 +10,10 @@ inputs in place. One process, one rank.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,12 +45,19 @@ class Captures:
 # ---- Transformers' side ------------------------------------------------------------------------
 
 
-def trace_original(model: nn.Module, ids: Sequence[int]) -> Captures:
-    """Run the Transformers model once on `ids` and capture every module's output."""
+def trace_original(
+    model: nn.Module, ids: Sequence[int], handed_on: Mapping[str, torch.Tensor] | None = None
+) -> Captures:
+    """Run the Transformers model once on `ids` and capture every module's output.
+
+    `handed_on`: module path -> [tokens, width], which that module hands on in place of what it
+    computed (and what is captured of it).
+    """
     captures = Captures()
     paths = {id(module): path for path, module in model.named_modules()}
     with (
         _hooked(model, captures, len(ids)),
+        _replaced(model, handed_on or {}),
         _traced_attention(model, captures, paths),
         torch.inference_mode(),
     ):
@@ -74,6 +82,25 @@ def _hooked(model: nn.Module, captures: Captures, tokens: int) -> Iterator[None]
         handles.append(module.register_forward_hook(after))
         if _has_input(module):
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _replaced(model: nn.Module, handed_on: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    def replace(module: nn.Module, args: Any, output: Any, rows: torch.Tensor) -> Any:
+        several = isinstance(output, tuple | list)
+        own = output[0] if several else output
+        other = rows.to(own.device, own.dtype).reshape(own.shape)
+        return type(output)((other, *output[1:])) if several else other
+
+    handles = [
+        model.get_submodule(path).register_forward_hook(partial(replace, rows=rows))
+        for path, rows in handed_on.items()
+    ]
     try:
         yield
     finally:
@@ -185,8 +212,9 @@ class _Places:
         self.begin = len(engine.schedule)
         self.rows: slice | None = None
         self.total = 0
-        self.calls: dict[int, int] = {}
-        """Module id -> calls in this forward: a rotary embedding is shared between layers."""
+        self.seen: set[Key] = set()
+        """What this forward computed so far: of a module that layers share, the first call counts,
+        as on Transformers' side."""
         self.positions: list[torch.Tensor] = []
         self.rotary: dict[str, list[torch.Tensor]] = {}
         self.misread = False
@@ -197,7 +225,7 @@ class _Places:
             dict.fromkeys(name for step in self.engine.schedule[self.begin :] for name in step)
         )
         scheduled = self.engine.schedule[-1] if self.engine.schedule else {}
-        self.calls.clear()
+        self.seen.clear()
         self.rows = None
         start = 0
         for name in self.engine.runner.input_batch.req_ids:
@@ -209,6 +237,12 @@ class _Places:
         positions = kwargs.get("positions", args[1] if len(args) > 1 else None)
         if self.rows is not None and isinstance(positions, torch.Tensor) and positions.dim() == 1:
             self.positions.append(positions[self.rows].clone().cpu())
+
+    def first(self, key: Key) -> bool:
+        """Whether this forward had not computed `key` yet."""
+        known = key in self.seen
+        self.seen.add(key)
+        return not known
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return this request's rows of a flat tensor, [tokens, width]; None if it is not flat."""
@@ -228,7 +262,7 @@ def _hook_port_module(
     def keep(key: Key, tensor: Any) -> None:
         if isinstance(tensor, torch.Tensor):
             rows = places.take(tensor)
-            if rows is not None:
+            if rows is not None and places.first(key):
                 parts.setdefault(key, []).append(rows)
 
     if isinstance(module, Attention):
@@ -248,9 +282,8 @@ def _hook_port_module(
             query = kwargs.get("query", args[1] if len(args) > 1 else None)
             if isinstance(query, torch.Tensor) and query.is_cpu and query.dim() == 3:
                 places.misread |= query.shape[1] > 1
-            turn = places.calls[id(module)] = places.calls.get(id(module), 0) + 1
             rows = places.take(positions) if isinstance(positions, torch.Tensor) else None
-            if turn == 1 and rows is not None:
+            if rows is not None and places.first((path, "positions")):
                 places.rotary.setdefault(path, []).append(rows[:, 0].to(torch.int64))
 
         return [module.register_forward_pre_hook(rotate, with_kwargs=True)]
@@ -277,12 +310,12 @@ def main_tensor(module: nn.Module, output: Any) -> Any:
     has_children = any(True for _ in module.children())
     if has_children and len(tensors) == 2 and tensors[0].shape == tensors[1].shape:
         # A decoder layer that hands hidden states and residual on separately; HF adds them.
-        return tensors[0] + tensors[1]
+        return tensors[0].float() + tensors[1].float()
     return tensors[0]
 
 
 def _keep(captures: Captures, key: Key, output: Any, tokens: int) -> None:
-    if isinstance(output, tuple):
+    if isinstance(output, tuple | list):
         output = next((o for o in output if isinstance(o, torch.Tensor)), None)
     if isinstance(output, torch.Tensor) and output.dim() >= 3 and key not in captures.values:
         if output.dim() == 4 and output.shape[2] == tokens:
@@ -316,5 +349,5 @@ def _input(args: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
         and tensors[0].shape == tensors[1].shape
         and tensors[0].is_floating_point()
     ):
-        return tensors[0] + tensors[1]
+        return tensors[0].float() + tensors[1].float()
     return tensors[0] if tensors else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -18,7 +19,8 @@ from portkit.report.html import page
 from portkit.report.markdown import to_markdown
 from portkit.report.proof import Proof, proof_report
 from portkit.steps.prove.gather import gather
-from portkit.steps.prove.judging import CARRIED, how, judge
+from portkit.steps.prove.half_precision import HalfPrecision, over_budget
+from portkit.steps.prove.judging import CARRIED, Judgement, how, judge
 from portkit.steps.prove.traced import decided_by_python
 from portkit.steps.register import tree
 
@@ -99,23 +101,36 @@ class AsUsersRunIt(_AsUsers):
                     next="Put @support_torch_compile on the inner model class (step 3).",
                 )
             if found.problem:
-                eager = self.right(context, tensor_parallel_size=1, eager=True, dtype=dtype)
-                return self.failed(
-                    found.problem,
-                    *tables,
-                    job=job,
-                    where=_suspect(context) if eager else context.port.module,
-                    causes=tuple(filter(None, [FIXED if eager else found.cause])),
-                    next="Decide in __init__ what can be decided there; say the rest in tensors."
-                    if eager
-                    else "It is wrong without compilation too: portkit check weights",
-                    log=found.log,
-                )
+                return self.explained(context, job, found, tables)
         return self.passed(
             f"{', '.join(job.value['compiled'])} compiled ({how(job.value)}); vLLM's rule holds "
             f"and the distances are rounding, in float32 and in {job.value['dtype']}.",
             *tables,
             job=job,
+        )
+
+    def explained(
+        self, context: CheckContext, job: JobResult, found: Judgement, tables: Sequence[Table]
+    ) -> Verdict:
+        """Narrow the failure down: to compilation, to half precision, or to neither."""
+        dtype = "float32" if job.value["dtype"] == "float32" else "auto"
+        where, causes = context.port.module, (found.cause,) if found.cause else ()
+        next = "It is wrong without compilation too: portkit check weights"
+        if self.right(context, tensor_parallel_size=1, eager=True, dtype=dtype):
+            where, causes = _suspect(context), (FIXED,)
+            next = "Decide in __init__ what can be decided there; say the rest in tensors."
+        elif dtype == "auto":
+            layers = self.job(context, "half_precision")
+            if layers.ok and (first := over_budget(layers.value)):
+                where, causes, next = first.where or where, first.causes, first.what
+        return self.failed(
+            found.problem,
+            *tables,
+            job=job,
+            where=where,
+            causes=causes,
+            next=next,
+            log=found.log,
         )
 
 
@@ -224,7 +239,7 @@ class ReportWritten(Check):
     id = "report"
     step = "prove"
     title = "The report"
-    requires = ("as_users_run_it", "tensor_parallel", "speed")
+    requires = ("as_users_run_it", "half_precision", "tensor_parallel", "speed")
 
     def run(self, context: CheckContext) -> Verdict:
         port = context.port
@@ -248,7 +263,7 @@ class ReportWritten(Check):
         )
 
 
-CHECKS = (AsUsersRunIt, TensorParallel, Speed, ReportWritten)
+CHECKS = (AsUsersRunIt, HalfPrecision, TensorParallel, Speed, ReportWritten)
 
 
 def write_report(port: Port, proof: Proof) -> tuple[Path, Path]:

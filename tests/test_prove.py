@@ -20,6 +20,7 @@ from portkit.live.client import live_for
 from portkit.port import Port
 from portkit.steps.prove.checks import AsUsersRunIt, ReportWritten, TensorParallel
 from portkit.steps.prove.gather import LIMITS
+from portkit.steps.prove.half_precision import HalfPrecision
 from portkit.steps.prove.judging import judge
 
 # ---- the engine as users run it -----------------------------------------------------------------
@@ -142,6 +143,87 @@ def test_rotary_angles_in_half_precision_are_seen(bench):
     assert found["float32"].problem == ""
     assert "times as far from float32" in found["auto"].problem
     assert "rotary" in found["auto"].cause
+
+
+ROTARY = (
+    "class HeliumMLP(nn.Module):",
+    """class Rotary(nn.Module):
+    def __init__(self, dim, base):
+        super().__init__()
+        self.dim = dim
+        self.inv_freq = 1.0 / base ** (torch.arange(0, dim, 2) / dim)
+
+    def forward(self, positions, q, k):
+        angle = (positions[:, None].float() * self.inv_freq.float())[:, None]
+        c, s = angle.cos(), angle.sin()
+
+        def turned(x):
+            a, b = x.float().unflatten(-1, (-1, self.dim // 2, 2)).unbind(-1)
+            return torch.stack((a * c - b * s, b * c + a * s), -1).flatten(1).to(x.dtype)
+
+        return turned(q), turned(k)
+
+
+class HeliumMLP(nn.Module):""",
+    """get_rope(
+            self.head_dim,
+            max_position=config.max_position_embeddings,
+            rope_parameters=config.rope_parameters,
+            is_neox_style=False,
+        )""",
+    'Rotary(self.head_dim, config.rope_parameters["rope_theta"])',
+)
+"""By hand, in float32 as far as the eye can see; but vLLM builds it under the model's dtype."""
+
+
+@pytest.mark.vllm
+def test_frequencies_built_in_the_models_dtype_are_found_by_layer(bench):
+    """The whole model keeps vLLM's rule and the bound: prompts of 200 tokens hardly show it."""
+    verdict = run(bench, HalfPrecision, edit(*ROTARY))
+    assert verdict.status == "failed", words(verdict)
+    assert "queries of model.layers.0.self_attn" in verdict.what
+    assert "self.rotary_emb = Rotary(" in verdict.where
+    assert "rotary" in verdict.causes[0] and "torch.arange(n) / n" in verdict.causes[1]
+    assert "default dtype" in for_failure(verdict).pointer
+
+
+@pytest.mark.vllm
+def test_the_same_rotary_embedding_built_in_float32_is_within_the_budget(bench):
+    right = tuple(
+        text.replace("torch.arange(0, dim, 2)", "torch.arange(0, dim, 2).float()")
+        for text in ROTARY
+    )
+    verdict = run(bench, HalfPrecision, edit(*right))
+    assert verdict.status == "passed", words(verdict)
+    table = verdict.tables[0]
+    assert [row[0] for row in table.rows] == [f"model.layers.{i}" for i in range(3)]
+    assert all(0 < float(row[1]) < 0.02 > float(row[2]) > 0 for row in table.rows)
+
+
+@pytest.mark.vllm
+def test_digits_lost_to_a_large_summand_are_named_by_both_checks(bench):
+    seed = edit(
+        "        output, _ = self.o_proj(attn_output)\n",
+        "        large = torch.full_like(attn_output, 8.0)\n"
+        "        output, _ = self.o_proj(attn_output + large)\n"
+        "        output = output - self.o_proj(large)[0]\n",
+    )
+    layer = run(bench, HalfPrecision, seed)
+    assert layer.status == "failed" and "model.layers.0.self_attn" in layer.what
+    whole = run(bench, AsUsersRunIt, seed)
+    assert whole.status == "failed" and "times as far from float32" in whole.what
+    assert (whole.where, whole.next) == (layer.where, layer.what)
+    assert "modeling_helium.py:" in whole.where
+
+
+@pytest.mark.vllm
+def test_a_port_that_is_wrong_in_float32_leaves_nothing_to_compare(bench):
+    seed = edit(
+        "hidden_states = self.embed_input_ids(input_ids)",
+        "hidden_states = self.embed_input_ids(input_ids) * 1.5",
+    )
+    verdict = run(bench, HalfPrecision, seed)
+    assert verdict.status == "skipped" and "portkit check weights" in verdict.what
 
 
 # ---- how a run is judged ------------------------------------------------------------------------

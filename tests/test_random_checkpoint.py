@@ -43,6 +43,19 @@ def test_embeddings_for_each_layer_are_made_small_too(tmp_path: Path) -> None:
     assert done.value["parameters"] < 2_000_000
 
 
+def test_pairs_are_rotated_where_a_part_of_a_small_head_would_be_odd(tmp_path: Path) -> None:
+    done = live_for(None).run(
+        "random_checkpoint",
+        architecture="MiMoV2FlashForCausalLM",
+        model_type="mimo_v2_flash",
+        out=str(tmp_path),
+    )
+    assert done.ok, done.what
+    config = json.loads((tmp_path / "config.json").read_text())
+    parts = [rope["partial_rotary_factor"] for rope in config["rope_parameters"].values()]
+    assert parts and all(int(config["head_dim"] * part) % 2 == 0 for part in parts)
+
+
 def test_experts_that_vllm_has_no_kernel_for_are_left_out_on_a_cpu(tmp_path: Path) -> None:
     done = live_for(None).run(
         "random_checkpoint",

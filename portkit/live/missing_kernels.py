@@ -2,7 +2,8 @@
 
 vLLM's CPU build has neither its CUDA operators nor Triton, and some of its layers have no other way
 (selective scan, lightning attention), or one that takes half precision alone (gated delta nets, on
-processors with AMX latent attention).
+processors with AMX latent attention), or float32 alone (Mamba's mixer: in half precision vLLM packs
+the weight of its convolution, which the mixer then reads as if it had not).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ _OPERATOR = re.compile(r"'_OpNamespace' '\w+' object has no attribute '(?P<name>
 _TRITON = re.compile(r"module 'triton\S*' has no attribute '(?P<name>\w+)'")
 _LAUNCH = re.compile(r"(?P<name>\w+)\[[^]]*\]\(")
 _PRECISION = re.compile(r"expect \w+ to be (bfloat16|float16|half)")
+_CHECK = re.compile(r"cpu_\w+\.[ch]pp:\d+\] Check failed")
 _ON_CPU = re.compile(r"/ops/cpu/|/router/cpu_router\.py$")
 NEXT = "Nothing to mend here: run it where vLLM has this kernel, on a GPU."
 
@@ -36,6 +38,13 @@ def missing_kernel(error: BaseException) -> str:
         return f"This build of vLLM has no Triton for the kernel {launched['name']} ({place})"
     if isinstance(error, AssertionError) and _ON_CPU.search(last.filename):
         return f"The kernel {last.name} of vLLM's CPU build does not take this ({place})"
+    if isinstance(error, RuntimeError) and _CHECK.search(text):
+        return f"The kernel {last.name} of vLLM's CPU build does not take this ({place})"
+    if isinstance(error, IndexError) and any(
+        f.filename.endswith("/mamba/mamba_mixer.py") and "conv1d.weight" in (f.line or "")
+        for f in frames
+    ):
+        return "vLLM's CPU build runs MambaMixer in float32 only"
     if isinstance(error, RuntimeError) and _PRECISION.search(text):
         return f"A kernel of this build of vLLM takes no float32 ({place})"
     return ""

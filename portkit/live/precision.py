@@ -53,17 +53,23 @@ def layers_of(model: nn.Module) -> list[str]:
 
 
 def agreeing(ours: Captures, theirs: Captures, port: nn.Module, tolerance: float) -> frozenset[Key]:
-    """Return what agrees within `tolerance`, relative to the largest value there."""
+    """Return what agrees within `tolerance`, relative to a token, at QUANTILES of the tokens."""
     packed = fused_parts(port)
     found = set()
     for key, reference in theirs.values.items():
         mine = paired(ours, theirs, packed, *key)
         if mine is None or mine.shape != reference.shape:
             continue
-        scale = float(reference.abs().max()) or 1.0
-        if float((mine - reference).abs().max()) <= tolerance * scale:
+        if max(_distance(mine, reference)) <= tolerance:
             found.add(key)
     return frozenset(found)
+
+
+def reaches_the_end(same: frozenset[Key], theirs: Captures, layers: list[str]) -> bool:
+    """Whether the last layer's output agrees, or anything that is computed after it."""
+    order = [key for key in theirs.values if key[0] != "lm_head"]
+    last = (layers[-1], "out") if layers else order[-1]
+    return any(key in same for key in order[order.index(last) if last in order else -1 :])
 
 
 def lost(

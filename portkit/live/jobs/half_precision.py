@@ -4,8 +4,8 @@ The engine runs twice: in that dtype and with that attention, for the values, an
 know which modules of the two sides are the same thing. See live/precision.py for the comparison.
 
 value: dtype, tokens, layers [{path, same}] (same: whether its output agrees in float32), places
-(how many the original has), rows [{path, role, ours, theirs, ratio, where}], in the original's
-order.
+(how many the original has), reaches_the_end (whether float32 agrees there), rows [{path, role,
+ours, theirs, ratio, where}], in the original's order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 from portkit.live import engine as live_engine
 from portkit.live.job import JobRequest
 from portkit.live.locate import method_place, place_of
-from portkit.live.precision import Lost, agreeing, layers_of, lost
+from portkit.live.precision import Lost, agreeing, layers_of, lost, reaches_the_end
 from portkit.live.prompts import random_ids
 from portkit.live.reference import Reference, load_model
 from portkit.live.trace import trace_original, trace_port
@@ -69,6 +69,7 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
             **value,
             "layers": [{"path": p, "same": p in handed_on} for p in layers],
             "places": len(theirs.values),
+            "reaches_the_end": reaches_the_end(same, theirs, layers),
             "rows": [_row(r, engine.model) for r in rows],
         }
 

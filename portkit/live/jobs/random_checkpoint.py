@@ -295,6 +295,9 @@ def _hard_values(default: Any, fields: dict[str, Any], rotated_part: int) -> dic
         hard["rope_parameters"] = {**rope, "rope_theta": 20000.0, **_near(rope), **part}
     elif "rope_theta" in fields:
         hard["rope_theta"] = 20000.0
+    elif isinstance(rope, dict):
+        size = hard.get("head_dim") or fields.get("head_dim")
+        hard["rope_parameters"] = {kind: _in_pairs(of, size) for kind, of in rope.items()}
     return hard
 
 
@@ -349,6 +352,16 @@ def _multipliers(fields: dict[str, Any]) -> dict[str, Any]:
         elif name.endswith("_multipliers") and isinstance(value, list) and set(value) == {1.0}:
             found[name] = [0.75 + 0.125 * i for i in range(len(value))]
     return found
+
+
+def _in_pairs(rope: Any, head_dim: Any) -> Any:
+    """Rotate half of a head where the model's own part of a small head is an odd number.
+
+    What is rotated is pairs: vLLM's kernel for CPUs reads past the queries else.
+    """
+    part = rope.get("partial_rotary_factor") if isinstance(rope, dict) else None
+    odd = part and isinstance(head_dim, int) and int(head_dim * part) % 2
+    return {**rope, "partial_rotary_factor": 0.5} if odd else rope
 
 
 def _near(rope: dict[str, Any]) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 args: "loader", "portkit" (default) or "port"; "way", "8 bits" or "4 bits" (a quantised copy of the
 checkpoint, in 4 bits its weights alone) or "online" (vLLM rounds to fp8 while it loads); "closed",
 paths of linears in blocks of vLLM's that take no quantisation (default none).
-value: format, ignored, layers [path, class, members, expected, actual], cases [prompt, mean and
-largest difference to Transformers quantised alike, mean difference that quantising makes at all],
-difference, effect (means over all of them), tolerance [part of the effect, reason], blurred (why
-the numbers tell nothing in 16 bits, or "");
-"nothing" with a reason instead, if the model has nothing to quantise.
+value: format, dtype, ignored, layers [path, class, members, expected, actual], linears (each on its
+own input, see live/quantised_linears.py), cases [prompt, mean and largest difference to
+Transformers quantised alike, mean difference that quantising makes at all], difference, effect
+(means over all of them), tolerance [part of the effect, reason], or none where the whole model is
+not judged; "nothing" with a reason instead, if the model has nothing to quantise.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from portkit.live.quantised import (
     quantised_original,
     write_copy,
 )
+from portkit.live.quantised_linears import by_hand, watched
 from portkit.live.reference import load_model, original_class
 from portkit.port import Port
 
@@ -53,12 +54,6 @@ TOLERANCE = {
         "both sides round alike, so most prompts agree to 1e-5; but float32 sums in another "
         "order can push an activation over a rounding step, which a single time moves a prompt by "
         "a tenth of what quantising moves it",
-    ),
-    ("8 bits", "float16"): (
-        0.9,
-        "the GPU's 8-bit kernels answer in 16 bits, so that many activations cross a rounding "
-        "step: in float16 0.65 was measured on an H200, and 1.1 with one scale of one layer off by "
-        "half",
     ),
     ("int4", "float16"): (
         0.3,
@@ -72,11 +67,9 @@ TOLERANCE = {
         "bfloat16, a fifth of what rounding weights to 4 bits changes",
     ),
 }
-"""The largest mean |difference| of log-probabilities, as a part of the effect."""
-BLURRED = 0.5
-"""Transformers' own distance in 16 bits, as a part of the effect, from which on nothing is told:
-set between the two that were measured (random weights). Transformers' part, on a CPU: MiniMax-M2
-0.3, DeepSeek-V3 0.7; the first passed on an H200, the second was 1.0 away."""
+"""The largest mean |difference| of log-probabilities, as a part of the effect. Not judged where
+8-bit kernels answer in 16 bits: activations cross rounding steps then, and routers choose other
+experts, the port and Transformers each its own way. Then `linears` are judged."""
 
 
 def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
@@ -130,7 +123,8 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
                 port, checkpoint, longest=int(engine.llm.llm_engine.model_config.max_model_len)
             ).short[:4]
             rows = _layers(engine.model, cls, chosen, packed)
-            ours = engine.prompt_logprobs(prompts)
+            with watched(engine.model) as seen:
+                ours = engine.prompt_logprobs(prompts)
         if all(np.isfinite(values).all() for values in ours):
             break  # else float16's range was too small
     else:
@@ -139,14 +133,17 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
             return {
                 "nothing": "Transformers' model is not finite in float16, which vLLM needs here"
             }
-    cases, blurs = [], []
+    say("the same port unquantised, for each layer by hand")
+    with start(port.root, loader=request.args.get("loader", "portkit")) as engine:
+        linears = by_hand(engine.model, seen, format, packed)
+    cases, itself = [], 0.0
     plain = [logprobs(original, ids) for ids in prompts]
     with quantised_original(original, chosen, format) as model:
-        half = copy.deepcopy(model).to(getattr(torch, dtype)) if dtype != "float32" else None
+        half = copy.deepcopy(model).to(getattr(torch, dtype)) if format == "int4" else None
         for ids, mine, unrounded in zip(prompts, ours, plain, strict=True):
             theirs = logprobs(model, ids)
             if half is not None:
-                blurs.append(float(np.abs(logprobs(half, ids) - theirs).mean()))
+                itself += float(np.abs(logprobs(half, ids) - theirs).mean()) / len(prompts)
             distance = np.abs(mine - theirs)
             cases.append(
                 {
@@ -156,32 +153,18 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
                     "effect": float(np.abs(theirs - unrounded).mean()),
                 }
             )
-    effect = float(np.mean([c["effect"] for c in cases]))
     return {
         "format": format,
+        "dtype": dtype,
         "ignored": [*chosen.ignored, *chosen.experts],
         "layers": rows,
+        "linears": linears,
         "cases": cases,
         "difference": float(np.mean([c["mean"] for c in cases])),
-        "effect": effect,
-        "tolerance": list(_tolerance(format, dtype)),
-        "blurred": _blurred(blurs, effect, dtype),
+        "effect": float(np.mean([c["effect"] for c in cases])),
+        "itself": itself if np.isfinite(itself) else 0.0,
+        "tolerance": TOLERANCE.get((format if format == "int4" else "8 bits", dtype), ()),
     }
-
-
-def _blurred(blurs: Sequence[float], effect: float, dtype: str) -> str:
-    """Return why the port's distance tells nothing, "" if it does.
-
-    `blurs` are the distances of Transformers' rounded model from itself in 16 bits. Steps of 8 bits
-    that an activation crosses lead routers to other experts; the port does so its own way.
-    """
-    blur = float(np.mean(blurs)) if blurs else 0.0
-    if not blur > BLURRED * effect:  # a NaN tells nothing of the port
-        return ""
-    return (
-        f"in {dtype}, in which vLLM computes here, Transformers rounded alike moves by {blur:.2g} "
-        f"in the mean itself, where quantising changes {effect:.2g}"
-    )
 
 
 def _finite_in_half(
@@ -205,12 +188,6 @@ def _dtypes(format: Format, device: str) -> tuple[str, ...]:
     # at hand do is seen. A job is a process of its own: nothing has to be put back.
     _FLOAT16_NOT_SUPPORTED_MODELS.clear()
     return ("float16",) if device == "cpu" else ("float16", "bfloat16")
-
-
-def _tolerance(format: Format, dtype: str) -> tuple[float, str]:
-    if format == "int4":
-        return TOLERANCE[format, dtype]
-    return TOLERANCE["8 bits", "float32" if dtype == "float32" else "float16"]
 
 
 def _layers(

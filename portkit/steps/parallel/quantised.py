@@ -19,6 +19,11 @@ NAMES: dict[Way, str] = {
     "4 bits": "The 4-bit copy",
     "online": "The port, rounded to fp8 while loading,",
 }
+ALIKE = 0.3
+"""How far a layer may be from its own input rounded alike, as a part of what rounding changes: 16
+bits leave a hundredth to a tenth, a scale that is off by half leaves several times it."""
+FLOOR = 2.0
+"""How many times Transformers' own distance from itself in 16 bits the port may be."""
 NEXT = (
     "Unquantised the port is right, so look at where scales go: they follow their weight's shard.",
     "From a quantised copy the port is right, so look at how load_weights fills parameters: vLLM "
@@ -42,8 +47,9 @@ class QuantisedRun(Check):
 
     portkit rounds the checkpoint to 8 bits (compressed-tensors, a scale per row, an ignore list
     with the parts of a fused layer), then to 4 (a scale per 32 inputs, packed into int32), and has
-    vLLM round it to fp8 while loading. Each run is compared with Transformers computing with the
-    same rounding. Proves nothing about the quality that a quantised model has.
+    vLLM round it to fp8 while loading. In each run every quantised layer is compared with its own
+    input and weight rounded by hand, and the whole model with Transformers rounded alike, where
+    that tells something. Proves nothing about the quality that a quantised model has.
     """
 
     id = "quantised_run"
@@ -122,16 +128,31 @@ class QuantisedRun(Check):
                     "packed_modules_mapping does not name its parts",
                 ),
             )
-        limit = _limit(found)
         count = f"{sum(r['actual'] for r in found['layers'])} of {len(found['layers'])} layers run"
-        if found["blurred"] and math.isfinite(found["difference"]):
+        off = [r for r in found["linears"] if not _alike(r)]
+        if off:
+            worst = max(off, key=lambda r: r["difference"] / r["effect"])
+            part = f" (in {worst['part']})" if worst["part"] else ""
+            return self.failed(
+                f"{_in_format(found, way)} {worst['path']}{part} is {worst['difference']:.2g} of "
+                f"its output away from its own input and weight rounded alike; rounding itself "
+                f"changes {worst['effect']:.2g} ({len(off)} such layers).",
+                layers,
+                cases,
+                job=job,
+                where=worst["path"],
+                next=NEXT[way == "online"],
+                causes=CAUSES[way == "online"],
+            )
+        if not found["tolerance"] and math.isfinite(found["difference"]):
             return self.passed(
-                f"{_in_format(found, way)} {count}, as the config says. What they compute is not "
-                f"judged: {found['blurred']}.",
+                f"{_in_format(found, way)} {count}, as the config says; {_closest(found)}. The "
+                f"whole model is not judged: in {found['dtype']} activations cross rounding steps.",
                 layers,
                 cases,
                 job=job,
             )
+        limit = _limit(found)
         # A NaN is no number below the limit either.
         if not found["difference"] <= limit:
             return self.failed(
@@ -146,9 +167,9 @@ class QuantisedRun(Check):
                 causes=CAUSES[way == "online"],
             )
         return self.passed(
-            f"{_in_format(found, way)} {count}, as the config says; the mean difference to "
-            f"Transformers with the same rounding is {found['difference']:.1e} (limit "
-            f"{limit:.1e}).",
+            f"{_in_format(found, way)} {count}, as the config says; {_closest(found)}; the mean "
+            f"difference to Transformers with the same rounding is {found['difference']:.1e} "
+            f"(limit {limit:.1e}).",
             layers,
             cases,
             job=job,
@@ -160,26 +181,40 @@ def _in_format(found: dict[str, Any], way: Way) -> str:
 
 
 def _layers(found: dict[str, Any], way: Way) -> Table:
+    by_hand = {
+        r["path"]: (f"{r['difference']:.1e}", f"{r['effect']:.1e}") for r in found["linears"]
+    }
     return Table(
         f"Layers of the {found['format']} copy"
         if way != "online"
         else f"Layers, rounded to {found['format']} while loading",
-        ("module", "of the checkpoint", "config says", "vLLM runs"),
+        ("module", "of the checkpoint", "config says", "vLLM runs", "difference", "rounding"),
         tuple(
             (
                 r["path"],
                 ", ".join(m.rpartition(".")[2] for m in r["members"]),
                 _says(r),
                 r["scheme"] or "unquantised",
+                *by_hand.get(r["path"], ("", "")),
             )
             for r in found["layers"]
         ),
-        f"ignore: {', '.join(found['ignored'])}",
+        "Difference: how far a quantised layer is from its own input and weight rounded alike, as "
+        f"a part of its output; rounding: what that changes itself; at most {ALIKE:g} of it is "
+        f"right. ignore: {', '.join(found['ignored'])}",
     )
 
 
 def _cases(found: dict[str, Any], way: Way) -> Table:
-    part, reason = found["tolerance"]
+    note = "The whole model is not judged here."
+    if found["tolerance"]:
+        part, reason = found["tolerance"]
+        note = f"Tolerance: {part:g} of what quantising changes: {reason}."
+    if found["itself"]:
+        note += (
+            f" Or twice what Transformers, rounded alike, moves by in {found['dtype']} itself: "
+            f"{found['itself']:.1e}."
+        )
     return Table(
         f"Against Transformers, rounded alike to {found['format']}"
         + (" (vLLM: while loading)" if way == "online" else ""),
@@ -188,19 +223,39 @@ def _cases(found: dict[str, Any], way: Way) -> Table:
             (c["name"], f"{c['mean']:.1e}", f"{c['max']:.1e}", f"{c['effect']:.1e}")
             for c in found["cases"]
         ),
-        f"Tolerance: {part:g} of what quantising changes: {reason}.",
+        note,
     )
 
 
+def _closest(found: dict[str, Any]) -> str:
+    """Say how near the quantised layers come to what they should compute."""
+    if not found["linears"]:
+        return "no layer's own input was seen"
+    worst = max(found["linears"], key=lambda r: r["difference"] / max(r["effect"], 1e-30))
+    return (
+        f"each gives what its own input rounded alike gives, to {worst['difference']:.1e} of it at "
+        f"most (rounding changes {worst['effect']:.1e})"
+    )
+
+
+def _alike(row: dict[str, Any]) -> bool:
+    return row["difference"] <= max(ALIKE * row["effect"], 1e-4)
+
+
 def _right(found: dict[str, Any]) -> bool:
-    if "nothing" in found or found["difference"] <= _limit(found):
+    if "nothing" in found:
         return True
-    return bool(found["blurred"]) and math.isfinite(found["difference"])
+    if not all(_alike(row) for row in found["linears"]):
+        return False
+    if not found["tolerance"]:
+        return math.isfinite(found["difference"])
+    return found["difference"] <= _limit(found)
 
 
 def _limit(found: dict[str, Any]) -> float:
     """Return the largest mean difference that rounding alike leaves."""
-    return max(found["tolerance"][0] * found["effect"], 1e-4)
+    part = found["tolerance"][0] if found["tolerance"] else 0.0
+    return max(part * found["effect"], FLOOR * found["itself"], 1e-4)
 
 
 def _says(row: dict[str, Any]) -> str:

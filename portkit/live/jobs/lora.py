@@ -2,11 +2,13 @@
 
 args: "loader", "portkit" (default) or "port"; "ranks", tensor-parallel (default 1).
 value: how (where the ranks run), layers (what an adapter of all linears adapts, by path), effect
-(how far the random adapter moves Transformers' log-probabilities), tolerance, unadapted (max_abs
-and ok of the port without an adapter; None but in float16), zero and all (error, max_abs, ok),
-parts (only if `all` differs: per layer name, an adapter of that alone: ours, theirs, max_abs,
-error, like: another layer name whose change the port made instead); "nothing" with a reason
-instead, if there is no linear to adapt or the class takes no adapters.
+(how far the random adapter moves Transformers' log-probabilities), tolerance, by_layer (whether
+only layers tell: float16 and routers), unadapted (max_abs and ok of the port without an adapter;
+None but in float16), zero and all (error, max_abs, ok; all also furthest, of linears), linears
+(each on its own input, live/adapted_linears.py; one rank), parts (only if `all` differs: per layer
+name, an adapter of that alone: ours, theirs, max_abs, error, like: another layer name whose change
+the port made instead); "nothing" with a reason instead, if there is no linear to adapt or the class
+takes no adapters.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from vllm.lora.request import LoRARequest
 from vllm.model_executor.models.interfaces import supports_lora
 
 from portkit.live import adapters
+from portkit.live.adapted_linears import by_hand, watched
 from portkit.live.checkpoint import Checkpoint, open_checkpoint
 from portkit.live.device import find_device
 from portkit.live.engine import Engine
@@ -44,11 +47,10 @@ REFUSED = "does not support LoRA"
 """What vLLM says of a class without SupportsLoRA (v1/worker/lora_model_runner_mixin.py)."""
 HALF = 4
 """How often Transformers' own rounding to float16 the port may be away from it: both round."""
-FLIPS = 3
-"""In float16 one prompt in so many may be further away where a router chooses: of two experts that
-are near each other, rounding may take the other. Set after one measurement (H200, MiniMax-M2,
-2026-11-28): 2 prompts of 6 were away by 0.13 and 0.20, the others by 0.01. That other experts were
-chosen was not looked at; an adapter that goes astray on so few prompts is not seen."""
+LAYER = 0.05
+"""How far what an adapter adds to a layer may be from what it should add, as a part of that: the
+sum is rounded to the engine's dtype (float16: a thousandth of the output, which is ten times what
+is added)."""
 SHOWS = 3
 """How many tolerances an adapter must move the model by for the comparison to tell anything."""
 ROWS = 8
@@ -124,7 +126,9 @@ class _Comparison:
         self.numbers = itertools.count(1)
         self.half = half
         chooses = any(n.endswith(".experts") or is_stack(m) for n, m in original.named_modules())
-        self.flips = len(self.prompts) // FLIPS if half and chooses else 0
+        # Rounding leads routers to other experts: then only each layer on its own input tells.
+        self.by_layer = half and chooses and engine.tensor_parallel_size == 1
+        self.linears: list[dict[str, Any]] = []
         self.limit = self._in_half() if half else self._in_float32()
 
     def _in_float32(self) -> Tolerance:
@@ -140,8 +144,7 @@ class _Comparison:
         return Tolerance(
             HALF * noise,
             f"float16, which vLLM's LoRA kernels for GPUs take, moves Transformers itself by "
-            f"{noise:.1e}; {HALF} times that is allowed"
-            + (f", and {self.flips} prompts may be read by other experts" if self.flips else ""),
+            f"{noise:.1e}; {HALF} times that is allowed",
         )
 
     def gather(self, paths: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
@@ -159,11 +162,17 @@ class _Comparison:
             "layers": list(paths),
             "effect": effect,
             "tolerance": [self.limit.value, self.limit.reason],
-            "unadapted": self._judged(self._answers(), self.plain) if self.half else None,
+            "by_layer": self.by_layer,
+            "unadapted": None,
             "zero": self._judged(zero, self.plain),
             "parts": [],
         }
-        value["all"] = self._judged(self._with(adapter), theirs)
+        if self.by_layer:
+            value["zero"] = self._judged(zero, self._answers())  # the port's own: nothing is added
+        elif self.half:
+            value["unadapted"] = self._judged(self._answers(), self.plain)
+        value["all"] = self._compared(adapter, theirs)[1]
+        value["linears"] = list(self.linears)
         if not value["all"]["ok"]:
             say("finding the layers whose adapter goes astray")
             value["parts"] = self._parts(paths)
@@ -174,11 +183,33 @@ class _Comparison:
         number = next(self.numbers)
         adapters.write(self.folder / str(number), adapter)
         request = LoRARequest(f"adapter {number}", number, str(self.folder / str(number)))
+        self.linears = []
         try:
             self.engine.llm.llm_engine.add_lora(request)
         except (ValueError, RuntimeError, AssertionError) as error:  # sizes that do not fit, too
             return str(error) or repr(error)
-        return self._answers(request)
+        if self.engine.tensor_parallel_size > 1:
+            return self._answers(request)
+        with watched(self.engine.model) as added:
+            answers = self._answers(request)
+        self.linears = by_hand(self.engine.model, added, adapter)
+        return answers
+
+    def _compared(
+        self, adapter: adapters.Adapter, theirs: np.ndarray
+    ) -> tuple[np.ndarray | str, dict[str, Any]]:
+        """Return the port's answers, judged: the whole model, unless only its layers tell."""
+        ours = self._with(adapter)
+        judged = self._judged(ours, theirs)
+        if judged["error"]:
+            return ours, judged
+        far = max((row["difference"] for row in self._told()), default=0.0)
+        whole = math.isfinite(judged["max_abs"]) if self.by_layer else judged["ok"]
+        return ours, {**judged, "furthest": far, "ok": whole and far <= LAYER}
+
+    def _told(self) -> list[dict[str, Any]]:
+        """Return the layers by hand that say something: where only they do, all of them."""
+        return [row for row in self.linears if row["layer"] or self.by_layer]
 
     def _answers(self, request: LoRARequest | None = None) -> np.ndarray:
         return np.concatenate(
@@ -192,8 +223,7 @@ class _Comparison:
     def _judged(self, ours: np.ndarray | str, theirs: np.ndarray) -> dict[str, Any]:
         if isinstance(ours, str):
             return {"error": ours, "max_abs": float("inf"), "ok": False}
-        apart = sorted(_distance(one, other) for one, other in zip(ours, theirs, strict=True))
-        distance = apart[-1 - self.flips]
+        distance = _distance(ours, theirs)
         return {"error": "", "max_abs": distance, "ok": distance <= self.limit.value}
 
     def _parts(self, paths: Sequence[str]) -> list[dict[str, Any]]:
@@ -202,8 +232,8 @@ class _Comparison:
         rows = []
         for name in names:
             adapter = adapters.random_adapter(self.original, of[name])
-            ours, theirs = self._with(adapter), self._theirs(adapter)
-            judged = self._judged(ours, theirs)
+            theirs = self._theirs(adapter)
+            ours, judged = self._compared(adapter, theirs)
             row = {
                 "name": name,
                 "path": of[name][0],
@@ -212,7 +242,7 @@ class _Comparison:
                 "like": "",
                 **judged,
             }
-            if not judged["ok"] and not isinstance(ours, str):
+            if not judged["ok"] and not isinstance(ours, str) and not self.by_layer:
                 row["like"] = self._like(ours, adapter, [n for n in names if n != name])
             rows.append(row)
         return rows

@@ -99,8 +99,16 @@ class LoraAdapters(Check):
             )
         said = (
             f"An adapter of {len(found['layers'])} linear layers moves log-probabilities by up to "
-            f"{found['effect']:.2g}, as Transformers' to {found['all']['max_abs']:.1e} (tolerance "
-            f"{found['tolerance'][0]:.2g}); one with B = 0 moves none."
+            f"{found['effect']:.2g}, "
+            + (
+                "(in float16 routers choose other experts than Transformers', so that is not "
+                "compared); "
+                if found["by_layer"]
+                else f"as Transformers' to {found['all']['max_abs']:.1e} (tolerance "
+                f"{found['tolerance'][0]:.2g}); "
+            )
+            + f"each layer adds scale * B @ A of its own input, to {found['all']['furthest']:.1e} "
+            "of it; one with B = 0 moves none."
         )
         if reason := refusal(open_checkpoint(port.checkpoint).config, 2):
             return self.passed(f"{said} Two ranks: {reason}.", *tables, job=job)

@@ -317,7 +317,23 @@ def test_what_spoils_four_bits_alone_is_caught(bench: Bench, change: str) -> Non
     )
     verdict = QuantisedRun().run(CheckContext(bench.port, live_for(bench.port), loader="port"))
     assert verdict.status == "failed"
-    assert "In int4 the log-probabilities differ" in verdict.what
+    assert verdict.what.startswith("In int4 model.layers.") and "own input" in verdict.what
+
+
+def test_one_layers_scale_is_named_by_what_it_does_to_that_layers_own_input(bench: Bench) -> None:
+    layer = "model.layers.1.mlp.down_proj"
+    Bench(bench.port, "weights").write(
+        edit(
+            "loader.load_weights(weights",
+            "loader.load_weights(((name, weight * 1.1 "
+            f'if name == "{layer}.weight_scale" else weight) for name, weight in weights)',
+        )
+    )
+    verdict = QuantisedRun().run(CheckContext(bench.port, live_for(bench.port), loader="port"))
+    assert verdict.status == "failed" and verdict.where == layer
+    assert verdict.what.startswith(f"In int8 {layer} is 0.1") and "such layers" not in verdict.what
+    row = next(row for row in verdict.tables[0].rows if row[0] == layer)
+    assert float(row[4]) > float(row[5]) > 0
 
 
 HELIUM = {

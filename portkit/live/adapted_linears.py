@@ -16,7 +16,7 @@ from torch import nn
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
 from portkit.live.adapters import ALPHA, RANK, Adapter
-from portkit.live.fused import fused_parts
+from portkit.live.fused import fused_parts, stacked_parts
 from portkit.live.quantised import in_port
 
 ROWS = 200
@@ -65,37 +65,33 @@ def by_hand(model: nn.Module, added: Added, adapter: Adapter) -> list[dict[str, 
     Keys: path (the original's), layer (the port's, "" if no layer under adapters holds it),
     difference (upper quartile over the tokens, relative to what should be added).
     """
-    packed = fused_parts(model)
+    # What loading says of a fused layer's parts counts more than packed_modules_mapping, by which
+    # vLLM deals adapters out: that is what is being checked.
+    packed = fused_parts(model) | stacked_parts(model)
     holders = {}
     for layer in added:
         parent, _, attr = layer.rpartition(".")
-        for part, name in enumerate(packed.get(attr, (attr,))):
-            holders[f"{parent}.{name}"] = (layer, part, packed.get(attr, [attr]))
+        names = packed.get(attr, [attr])
+        holders |= {
+            f"{parent}.{name}": (layer, part, len(names)) for part, name in enumerate(names)
+        }
     rows = []
     for path, (a, b) in adapter.items():
-        layer, part, names = holders.get(in_port(path, type(model)), ("", 0, []))
+        layer, part, count = holders.get(in_port(path, type(model)), ("", 0, 0))
         row = {"path": path, "layer": layer, "difference": float("inf")}
         rows.append(row)
         if not layer:
             continue
         given, sums = added[layer]
-        sizes = [_outputs(adapter, path, name) for name in names]
-        if 0 in sizes or sum(sizes) != sums.shape[1] or given.shape[1] != a.shape[1]:
+        module: Any = model.get_submodule(layer)
+        sizes = list(getattr(module.base_layer, "output_partition_sizes", ()))
+        if len(sizes) != count:
+            sizes = [sums.shape[1]] if count == 1 else []
+        if not sizes or sizes[part] != b.shape[0] or given.shape[1] != a.shape[1]:
             continue
         wanted = ALPHA / RANK * given @ a.T @ b.T
         norm = torch.linalg.vector_norm
-        off = norm(sums.split(sizes, dim=1)[part] - wanted, dim=1)
-        share = off / norm(wanted, dim=1).clamp(min=1e-30)
-        row["difference"] = float(torch.quantile(torch.nan_to_num(share, nan=float("inf")), 0.75))
+        share = norm(sums.split(sizes, dim=1)[part] - wanted, dim=1) / norm(wanted, dim=1)
+        share = share.nan_to_num(nan=float("inf"))
+        row["difference"] = float(share.quantile(0.75, interpolation="nearest"))
     return rows
-
-
-def _outputs(adapter: Adapter, path: str, sibling: str) -> int:
-    """Return how many outputs the adapter's layer of that name beside `path` has, 0 for none."""
-    pair = adapter.get(path if path.endswith(f".{sibling}") else _beside(path, sibling))
-    return 0 if pair is None else pair[1].shape[0]
-
-
-def _beside(path: str, sibling: str) -> str:
-    parent = path.rpartition(".")[0]
-    return f"{parent}.{sibling}" if parent else sibling

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 _OPERATOR = re.compile(r"'_OpNamespace' '\w+' object has no attribute '(?P<name>\w+)'")
 _TRITON = re.compile(r"module 'triton\S*' has no attribute '(?P<name>\w+)'")
 _LAUNCH = re.compile(r"(?P<name>\w+)\[[^]]*\]\(")
-_PRECISION = re.compile(r"expect \w+ to be (bfloat16|float16|half)")
+_PRECISION = re.compile(r"expect \w+ to be (bfloat16|float16|half)|does not support float32")
 _CHECK = re.compile(r"cpu_\w+\.[ch]pp:\d+\] Check failed")
 _ON_CPU = re.compile(r"/ops/cpu/|/router/cpu_router\.py$")
 NEXT = "Nothing to mend here: run it where vLLM has this kernel, on a GPU."
@@ -45,7 +45,7 @@ def missing_kernel(error: BaseException) -> str:
         for f in frames
     ):
         return "vLLM's CPU build runs MambaMixer in float32 only"
-    if isinstance(error, RuntimeError) and _PRECISION.search(text):
+    if isinstance(error, RuntimeError | AssertionError) and _PRECISION.search(text):
         return f"A kernel of this build of vLLM takes no float32 ({place})"
     return ""
 

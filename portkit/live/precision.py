@@ -98,4 +98,4 @@ def _distance(found: torch.Tensor, exact: torch.Tensor) -> tuple[float, ...]:
     norm = torch.linalg.vector_norm
     share = norm(found - exact, dim=1) / norm(exact, dim=1).clamp(min=1e-30)
     share = torch.nan_to_num(share, nan=math.inf)
-    return tuple(float(torch.quantile(share, q)) for q in QUANTILES)
+    return tuple(float(share.quantile(q, interpolation="nearest")) for q in QUANTILES)

@@ -29,7 +29,7 @@ class Seen:
     given: torch.Tensor
     """[tokens, in]."""
     gave: torch.Tensor
-    """[tokens, out], without the bias."""
+    """[tokens, out]."""
 
 
 @contextmanager
@@ -43,11 +43,8 @@ def watched(model: nn.Module) -> Iterator[dict[str, Seen]]:
         gave = output[0] if isinstance(output, tuple) else output
         if sum(len(given) for given, _ in kept.get(path, ())) >= ROWS:
             return
-        gave = gave.detach().float()
-        if layer.bias is not None and not layer.skip_bias_add:
-            gave = gave - layer.bias.detach().float()
-        given = args[0].detach().float()
-        kept.setdefault(path, []).append((given.cpu().clone(), gave.cpu().clone()))
+        pair = (args[0].detach().float().cpu(), gave.detach().float().cpu())
+        kept.setdefault(path, []).append((pair[0].clone(), pair[1].clone()))
 
     for path, module in model.named_modules():
         if isinstance(module, LinearBase) and not isinstance(
@@ -69,28 +66,37 @@ def watched(model: nn.Module) -> Iterator[dict[str, Seen]]:
 
 
 def by_hand(
-    plain: nn.Module, seen: dict[str, Seen], format: Format, packed: dict[str, list[str]]
+    plain: nn.Module,
+    seen: dict[str, Seen],
+    format: Format,
+    packed: dict[str, list[str]],
+    dtype: torch.dtype,
 ) -> list[dict[str, Any]]:
     """Return per layer how far it is from its own input rounded alike; `plain` is unquantised.
 
+    `dtype` is what weights were in when they were rounded.
     Keys: path, tokens, difference (upper quartile over the tokens, relative to the output), effect
     (the median of what rounding itself changes), part (of a fused layer, the one that is furthest
     off; "" if that is no single one).
     """
     rows = []
     for path, one in seen.items():
-        layer = plain.get_submodule(path)
-        weight = _weight(layer, one.given.shape[1])
+        layer: Any = plain.get_submodule(path)
+        weight = _weight(layer, one.given.shape[1]).to(dtype).float()
         given = one.given if format == "int4" else rounded(one.given, format)
         wanted = given @ rounded_weight(weight, format).T
         unrounded = one.given @ weight.T
+        gave = one.gave
+        if layer.bias is not None and not layer.skip_bias_add:
+            # Not the quantised layer's own: Marlin keeps it in an order of its kernel's.
+            gave = gave - layer.bias.detach().float().cpu()
         rows.append(
             {
                 "path": path,
                 "tokens": len(wanted),
-                "difference": _share(one.gave - wanted, wanted, 0.75),
+                "difference": _share(gave - wanted, wanted, 0.75),
                 "effect": _share(unrounded - wanted, wanted, 0.5),
-                "part": _part(layer, one.gave - wanted, packed.get(path.rpartition(".")[2], [])),
+                "part": _part(layer, gave - wanted, packed.get(path.rpartition(".")[2], [])),
             }
         )
     return rows
@@ -107,7 +113,9 @@ def _weight(layer: Any, wide: int) -> torch.Tensor:
 def _share(difference: torch.Tensor, of: torch.Tensor, quantile: float) -> float:
     norm = torch.linalg.vector_norm
     share = norm(difference, dim=1) / norm(of, dim=1).clamp(min=1e-30)
-    return float(torch.quantile(torch.nan_to_num(share, nan=float("inf")), quantile))
+    return float(
+        torch.nan_to_num(share, nan=float("inf")).quantile(quantile, interpolation="nearest")
+    )
 
 
 def _part(layer: Any, difference: torch.Tensor, names: list[str]) -> str:

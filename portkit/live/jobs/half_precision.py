@@ -32,7 +32,12 @@ TOKENS = 400
 DECODED = 4
 CUT = 10
 """How many times the tolerance of one module two may differ in float32 and be the same thing."""
-OPTIONS = {"enable_prompt_embeds": False, "max_num_batched_tokens": 2048}
+OPTIONS = {
+    "enable_prompt_embeds": False,
+    "max_num_batched_tokens": 2048,
+    # Enough for this one prompt in blocks of vLLM's own size, sliding windows apart.
+    "num_gpu_blocks_override": 512,
+}
 
 
 def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 args: "loader", "portkit" (default) or "port"; "ranks", tensor-parallel (default 1).
 value: how (where the ranks run), layers (what an adapter of all linears adapts, by path), effect
-(how far the random adapter moves Transformers' log-probabilities), tolerance, by_layer (whether
-only layers tell: float16 and routers), unadapted (max_abs and ok of the port without an adapter;
-None but in float16), zero and all (error, max_abs, ok; all also furthest, of linears), linears
-(each on its own input, live/adapted_linears.py; one rank), parts (only if `all` differs: per layer
-name, an adapter of that alone: ours, theirs, max_abs, error, like: another layer name whose change
-the port made instead); "nothing" with a reason instead, if there is no linear to adapt or the class
-takes no adapters.
+(how far the random adapter moves Transformers' log-probabilities), tolerance, by_layer (float16 and
+routers: the prompt in the middle is compared, not all), unadapted (max_abs and ok of the port
+without an adapter; None but in float16), zero and all (error, max_abs, median, ok; all also
+furthest, of linears), linears (each on its own input, live/adapted_linears.py; one rank), parts
+(only if `all` differs: per layer name, an adapter of that alone: ours, theirs, max_abs, error,
+like: another layer name whose change the port made instead); "nothing" with a reason instead, if
+there is no linear to adapt or the class takes no adapters.
 """
 
 from __future__ import annotations
@@ -126,8 +126,9 @@ class _Comparison:
         self.numbers = itertools.count(1)
         self.half = half
         chooses = any(n.endswith(".experts") or is_stack(m) for n, m in original.named_modules())
-        # Rounding leads routers to other experts: then only each layer on its own input tells.
-        self.by_layer = half and chooses and engine.tensor_parallel_size == 1
+        # Rounding leads routers to other experts for a token here and there, and that moves a
+        # prompt as far as an adapter does: then layers tell more than prompts.
+        self.by_layer = half and chooses
         self.linears: list[dict[str, Any]] = []
         self.limit = self._in_half() if half else self._in_float32()
 
@@ -167,10 +168,12 @@ class _Comparison:
             "zero": self._judged(zero, self.plain),
             "parts": [],
         }
-        if self.by_layer:
-            value["zero"] = self._judged(zero, self._answers())  # the port's own: nothing is added
-        elif self.half:
-            value["unadapted"] = self._judged(self._answers(), self.plain)
+        if self.half:
+            plain = self._answers()
+            value["unadapted"] = self._judged(plain, self.plain)
+            if self.by_layer:
+                value["unadapted"]["ok"] = value["unadapted"]["median"] <= self.limit.value
+                value["zero"] = self._judged(zero, plain)  # the port's own: nothing is added
         value["all"] = self._compared(adapter, theirs)[1]
         value["linears"] = list(self.linears)
         if not value["all"]["ok"]:
@@ -204,7 +207,7 @@ class _Comparison:
         if judged["error"]:
             return ours, judged
         far = max((row["difference"] for row in self._told()), default=0.0)
-        whole = math.isfinite(judged["max_abs"]) if self.by_layer else judged["ok"]
+        whole = judged["median"] <= self.limit.value if self.by_layer else judged["ok"]
         return ours, {**judged, "furthest": far, "ok": whole and far <= LAYER}
 
     def _told(self) -> list[dict[str, Any]]:
@@ -222,9 +225,14 @@ class _Comparison:
 
     def _judged(self, ours: np.ndarray | str, theirs: np.ndarray) -> dict[str, Any]:
         if isinstance(ours, str):
-            return {"error": ours, "max_abs": float("inf"), "ok": False}
-        distance = _distance(ours, theirs)
-        return {"error": "", "max_abs": distance, "ok": distance <= self.limit.value}
+            return {"error": ours, "max_abs": float("inf"), "median": float("inf"), "ok": False}
+        apart = sorted(_distance(one, other) for one, other in zip(ours, theirs, strict=True))
+        return {
+            "error": "",
+            "max_abs": apart[-1],
+            "median": apart[len(apart) // 2],
+            "ok": apart[-1] <= self.limit.value,
+        }
 
     def _parts(self, paths: Sequence[str]) -> list[dict[str, Any]]:
         names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))

@@ -135,7 +135,9 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
             }
     say("the same port unquantised, for each layer by hand")
     with start(port.root, loader=request.args.get("loader", "portkit")) as engine:
-        linears = by_hand(engine.model, seen, format, packed)
+        # A copy is rounded from what the checkpoint holds, while loading from what vLLM made of it.
+        rounded_in = getattr(torch, dtype) if way == "online" else torch.float32
+        linears = by_hand(engine.model, seen, format, packed, rounded_in)
     cases, itself = [], 0.0
     plain = [logprobs(original, ids) for ids in prompts]
     with quantised_original(original, chosen, format) as model:

@@ -100,15 +100,9 @@ class LoraAdapters(Check):
         said = (
             f"An adapter of {len(found['layers'])} linear layers moves log-probabilities by up to "
             f"{found['effect']:.2g}, "
-            + (
-                "(in float16 routers choose other experts than Transformers', so that is not "
-                "compared); "
-                if found["by_layer"]
-                else f"as Transformers' to {found['all']['max_abs']:.1e} (tolerance "
-                f"{found['tolerance'][0]:.2g}); "
-            )
-            + f"each layer adds scale * B @ A of its own input, to {found['all']['furthest']:.1e} "
-            "of it; one with B = 0 moves none."
+            + f"as Transformers' to {_near(found)} (tolerance {found['tolerance'][0]:.2g}); each "
+            f"layer adds scale * B @ A of its own input, to {found['all']['furthest']:.1e} of it; "
+            "one with B = 0 moves none."
         )
         if reason := refusal(open_checkpoint(port.checkpoint).config, 2):
             return self.passed(f"{said} Two ranks: {reason}.", *tables, job=job)
@@ -264,7 +258,17 @@ def _alike(found: dict[str, Any]) -> str:
         return f"On two ranks none can be tried: {found['nothing']}."
     if _off_in_half(found):
         return "On two ranks none can be judged: in float16 the port is off without one."
-    return f"On two ranks ({found['how']}) to {found['all']['max_abs']:.1e}."
+    return f"On two ranks ({found['how']}) to {_near(found)}."
+
+
+def _near(found: dict[str, Any]) -> str:
+    """Say how near the port under an adapter is to Transformers under it."""
+    if not found["by_layer"]:
+        return f"{found['all']['max_abs']:.1e}"
+    return (
+        f"{found['all']['median']:.1e} on the prompt in the middle ({found['all']['max_abs']:.1e} "
+        "on the furthest: rounding may lead a router to another expert)"
+    )
 
 
 def _tables(found: dict[str, Any]) -> tuple[Table, ...]:

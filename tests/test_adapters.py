@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from seeds import Bench, Edit, edit, words
 
 from portkit.create import new_port
+from portkit.live import fused
 from portkit.live.client import live_for
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
@@ -89,3 +91,17 @@ def test_adapters_move_the_port_as_they_move_transformers(bench: Bench) -> None:
     Bench(bench.port, "weights").write(edit("SupportsLoRA, SupportsPP):", "SupportsPP):"))
     skipped = bench.run("lora")
     assert skipped.status == "skipped" and "SupportsLoRA" in skipped.what
+
+
+def test_parts_that_a_mapper_names_for_two_kinds_of_layers_count_once() -> None:
+    """An MLP's gate and up, and those of shared experts, are parts of layers of one name."""
+    stacked = {
+        ".mlp.gate_proj": (".mlp.gate_up_proj", 0),
+        ".mlp.up_proj": (".mlp.gate_up_proj", 1),
+        ".shared_experts.gate_proj": (".shared_experts.gate_up_proj", 0),
+        ".shared_experts.up_proj": (".shared_experts.gate_up_proj", 1),
+    }
+    port = SimpleNamespace(hf_to_vllm_mapper=SimpleNamespace(orig_to_new_stacked=stacked))
+    parts = fused.stacked_parts(port)
+    assert parts == {"gate_up_proj": ["gate_proj", "up_proj"]}
+    assert fused.disputed({"gate_up_proj": ["up_proj", "gate_proj"]}, parts) == ["gate_up_proj"]

@@ -33,7 +33,9 @@ def stacked_parts(model: Any) -> dict[str, list[str]]:
     for old, (new, shard) in (getattr(mapper, "orig_to_new_stacked", None) or {}).items():
         name = new.strip(".").rpartition(".")[2]
         if isinstance(shard, int | str):
-            parts.setdefault(name, []).append((shard, old.strip(".").rpartition(".")[2]))
+            part = (shard, old.strip(".").rpartition(".")[2])
+            if part not in parts.setdefault(name, []):  # an MLP's, and those of shared experts
+                parts[name].append(part)
     return {
         name: [part for _, part in sorted(members, key=lambda m: _place(m[0]))]
         for name, members in parts.items()

@@ -178,8 +178,8 @@ def _given_shards(parameter: str, name: str) -> list[edit.Statement]:
     first, *rest = edit.statements(
         f"{name} = {parameter}\n"
         f"load_{name} = {name}.weight_loader\n"
-        f"{name}.weight_loader = lambda param, loaded_weight: load_{name}(\n"
-        "    param, loaded_weight, loaded_weight.shard_id\n)"
+        f"{name}.weight_loader = lambda param, loaded_weight, shard_id=None: load_{name}(\n"
+        "    param, loaded_weight, getattr(loaded_weight, 'shard_id', shard_id)\n)"
     )
     note = "WeightsMapper leaves the part's place on the tensor; this loader wants it as argument."
     return [edit.comment_before(first, note), *rest]

@@ -199,6 +199,7 @@ def test_the_class_of_a_layer_chosen_in_the_comprehension() -> None:
 def test_a_convolution_that_the_checkpoint_has_in_parts() -> None:
     text = weights("olmo_hybrid")
     assert '".linear_attn.k_conv1d.": (".linear_attn.conv1d.", 1)' in text
+    assert '"in_proj_qkvg": ["q_proj", "k_proj", "v_proj", "g_proj"],' in text
     assert "lambda param, loaded_weight, shard_id=None: load_conv1d(" in text
     assert 'param, loaded_weight, getattr(loaded_weight, "shard_id", shard_id)' in text
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import libcst as cst
 
 from portkit.draft import edit
@@ -12,6 +14,9 @@ from portkit.draft.transforms.parallel_chain import shard_chains
 from portkit.draft.transforms.parallel_mlp import FUSED
 from portkit.draft.transforms.parallel_model import only_on
 from portkit.draft.work import Work, plain_module, set_members, set_method
+
+STACKED = re.compile(r'"\.\w+\.(\w+)\.": \("\.\w+\.(\w+)\.", ')
+"""An entry of orig_to_new_stacked: part, fused."""
 
 
 def port_causal_lm(work: Work) -> None:
@@ -266,6 +271,19 @@ def packed_modules(work: Work) -> dict[str, list[str]]:
         if mixer.layer == "MambaMixer":
             # Fused in the checkpoint too; without an entry vLLM gives it no LoRA adapter.
             packed["in_proj"] = ["in_proj"]
+        if mixer.layer.endswith("GatedDeltaNetAttention"):
+            packed |= _delta_net(edit.code(work.cls(facts.causal_lm))) or {
+                name: [name] for name in ("in_proj_qkvz", "in_proj_ba")
+            }
+    return packed
+
+
+def _delta_net(written: str) -> dict[str, list[str]]:
+    """What the weights mapper of the step before puts into linears that vLLM's layer fuses."""
+    packed: dict[str, list[str]] = {}
+    for part, fused in STACKED.findall(written):
+        if not part.endswith("conv1d"):  # no linear
+            packed.setdefault(fused, []).append(part)
     return packed
 
 

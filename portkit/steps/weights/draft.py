@@ -108,7 +108,8 @@ def _made_mapper(
 def stacked_mapping(work: Work) -> list[tuple[str, str, str | int]]:
     """(name in the checkpoint, fused name, shard) for each part; none if it is fused there too."""
     module = view_module(work.module.code)
-    packed = _packed(module.classes[work.facts.causal_lm].node)
+    causal_lm = module.classes[work.facts.causal_lm].node
+    packed, written = _packed(causal_lm), ast.unparse(causal_lm)
     made = {
         item.attr: call_name(item.value)
         for view in module.classes.values()
@@ -118,8 +119,8 @@ def stacked_mapping(work: Work) -> list[tuple[str, str, str | int]]:
     stacked: list[tuple[str, str, str | int]] = []
     for fused, parts in packed.items():
         kind = made.get(fused, "")
-        if parts == [fused]:
-            continue
+        if parts == [fused] or (not kind and f".{fused}." in written):
+            continue  # not fused here, or inside a layer of vLLM's, and mapped already
         if kind not in ("QKVParallelLinear", "MergedColumnParallelLinear"):
             raise Blocker(
                 f"packed_modules_mapping names {fused}, but no fused linear of that name is made.",

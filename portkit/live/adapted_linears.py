@@ -16,7 +16,6 @@ from torch import nn
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
 from portkit.live.adapters import ALPHA, RANK, Adapter
-from portkit.live.fused import fused_parts, stacked_parts
 from portkit.live.quantised import in_port
 
 ROWS = 200
@@ -59,15 +58,14 @@ def watched(model: nn.Module) -> Iterator[Added]:
         found[path] = (given, added)
 
 
-def by_hand(model: nn.Module, added: Added, adapter: Adapter) -> list[dict[str, Any]]:
+def by_hand(
+    model: nn.Module, added: Added, adapter: Adapter, packed: dict[str, list[str]]
+) -> list[dict[str, Any]]:
     """Return per layer of the adapter how far what was added is from scale * B @ A @ input.
 
-    Keys: path (the original's), layer (the port's, "" if no layer under adapters holds it),
+    `packed`: fused layer -> its parts, in the order in which they were loaded. Keys: path (the original's), layer (the port's, "" if no layer under adapters holds it),
     difference (upper quartile over the tokens, relative to what should be added).
     """
-    # What loading says of a fused layer's parts counts more than packed_modules_mapping, by which
-    # vLLM deals adapters out: that is what is being checked.
-    packed = fused_parts(model) | stacked_parts(model)
     holders = {}
     for layer in added:
         parent, _, attr = layer.rpartition(".")

@@ -33,6 +33,7 @@ from portkit.live.checkpoint import Checkpoint, open_checkpoint
 from portkit.live.device import find_device
 from portkit.live.engine import Engine
 from portkit.live.failure import chain
+from portkit.live.fused import fused_parts, stacked_parts
 from portkit.live.job import JobRequest
 from portkit.live.missing_kernels import missing_kernel
 from portkit.live.portmodule import port_class
@@ -104,7 +105,11 @@ def _with_engine(
             return {"nothing": "the original has no linear layer that its checkpoint names"}
         folder = port.state_dir / "cache" / "lora"
         shutil.rmtree(folder, ignore_errors=True)
-        comparison = _Comparison(engine, original, folder, half="dtype" in options)
+        packed = fused_parts(engine.port_class)
+        if loader == "port":
+            # vLLM deals adapters out by packed_modules_mapping: loading did not need it.
+            packed |= stacked_parts(engine.port_class)
+        comparison = _Comparison(engine, original, folder, packed, half="dtype" in options)
         if not math.isfinite(comparison.limit.value):
             return {
                 "nothing": "Transformers' model is not finite in float16, which vLLM needs here"
@@ -115,8 +120,17 @@ def _with_engine(
 class _Comparison:
     """The port and Transformers, both with an adapter, on the same prompts."""
 
-    def __init__(self, engine: Engine, original: nn.Module, folder: Path, *, half: bool) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        original: nn.Module,
+        folder: Path,
+        packed: dict[str, list[str]],
+        *,
+        half: bool,
+    ) -> None:
         self.engine = engine
+        self.packed = packed
         self.original = original
         self.folder = folder
         longest = int(engine.llm.llm_engine.model_config.max_model_len)
@@ -195,7 +209,7 @@ class _Comparison:
             return self._answers(request)
         with watched(self.engine.model) as added:
             answers = self._answers(request)
-        self.linears = by_hand(self.engine.model, added, adapter)
+        self.linears = by_hand(self.engine.model, added, adapter, self.packed)
         return answers
 
     def _compared(

@@ -63,7 +63,8 @@ def by_hand(
 ) -> list[dict[str, Any]]:
     """Return per layer of the adapter how far what was added is from scale * B @ A @ input.
 
-    `packed`: fused layer -> its parts, in the order in which they were loaded. Keys: path (the original's), layer (the port's, "" if no layer under adapters holds it),
+    `packed`: fused layer -> its parts, in the order in which they were loaded.
+    Keys: path (the original's), layer (the port's, "" if no layer under adapters holds it),
     difference (upper quartile over the tokens, relative to what should be added).
     """
     holders = {}

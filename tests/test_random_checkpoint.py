@@ -32,6 +32,15 @@ def test_an_attention_without_a_scale_has_it_in_its_queries(
             assert query.std() / key.std() == pytest.approx(query_to_key, rel=0.1)
 
 
+def config_of(architecture: str, model_type: str, out: Path) -> dict:
+    """Make a checkpoint and return its config.json."""
+    done = live_for(None).run(
+        "random_checkpoint", architecture=architecture, model_type=model_type, out=str(out)
+    )
+    assert done.ok, done.what
+    return json.loads((out / "config.json").read_text())
+
+
 def test_embeddings_for_each_layer_are_made_small_too(tmp_path: Path) -> None:
     done = live_for(None).run(
         "random_checkpoint",
@@ -44,27 +53,13 @@ def test_embeddings_for_each_layer_are_made_small_too(tmp_path: Path) -> None:
 
 
 def test_pairs_are_rotated_where_a_part_of_a_small_head_would_be_odd(tmp_path: Path) -> None:
-    done = live_for(None).run(
-        "random_checkpoint",
-        architecture="MiMoV2FlashForCausalLM",
-        model_type="mimo_v2_flash",
-        out=str(tmp_path),
-    )
-    assert done.ok, done.what
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = config_of("MiMoV2FlashForCausalLM", "mimo_v2_flash", tmp_path)
     parts = [rope["partial_rotary_factor"] for rope in config["rope_parameters"].values()]
     assert parts and all(int(config["head_dim"] * part) % 2 == 0 for part in parts)
 
 
 def test_experts_that_vllm_has_no_kernel_for_are_left_out_on_a_cpu(tmp_path: Path) -> None:
-    done = live_for(None).run(
-        "random_checkpoint",
-        architecture="NemotronHForCausalLM",
-        model_type="nemotron_h",
-        out=str(tmp_path),
-    )
-    assert done.ok, done.what
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = config_of("NemotronHForCausalLM", "nemotron_h", tmp_path)
     on_cpu = find_device()[0] == "cpu"
     assert ("moe" in config["layers_block_type"]) != on_cpu
     assert {"linear_attention", "full_attention", "mlp"} <= set(config["layers_block_type"])

@@ -7,59 +7,32 @@ live input does not depend on that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
+from portkit.live import live_inputs
 from portkit.live.adapters import ALPHA, RANK, Adapter
+from portkit.live.live_inputs import Pairs, share_off
 from portkit.live.quantised import in_port
 
-ROWS = 200
-"""Tokens that are kept of each layer."""
-Added = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""Port's path -> (input [tokens, in], what the adapter added [tokens, out]), float32, on CPU."""
+
+def watched(model: nn.Module) -> AbstractContextManager[Pairs]:
+    """Watch the linears that take adapters: what they get, and what adapters add to it."""
+    return live_inputs.watched(model, lambda m: isinstance(m, BaseLinearLayerWithLoRA), _added)
 
 
-@contextmanager
-def watched(model: nn.Module) -> Iterator[Added]:
-    """Inside the block, collect what adapters add to linears; filled at its end."""
-    kept: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    found: Added = {}
-
-    def keep(path: str, layer: Any, args: Any, output: Any) -> None:
-        if sum(len(given) for given, _ in kept.get(path, ())) >= ROWS:
-            return
-        base = layer.base_layer
-        bias = None if base.skip_bias_add else base.bias
-        plain = base.quant_method.apply(base, args[0], bias)
-        gave = output[0] if isinstance(output, tuple) else output
-        added = gave.float() - plain.float()
-        pair = (args[0].detach().float().cpu(), added.detach().cpu())
-        kept.setdefault(path, []).append(pair)
-
-    handles = [
-        module.register_forward_hook(
-            lambda layer, args, output, path=path: keep(path, layer, args, output)
-        )
-        for path, module in model.named_modules()
-        if isinstance(module, BaseLinearLayerWithLoRA)
-    ]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-    for path, pairs in kept.items():
-        given, added = (torch.cat(side) for side in zip(*pairs, strict=True))
-        found[path] = (given, added)
+def _added(layer: Any, given: torch.Tensor, gave: torch.Tensor) -> torch.Tensor:
+    base = layer.base_layer
+    bias = None if base.skip_bias_add else base.bias
+    return gave.float() - base.quant_method.apply(base, given, bias).float()
 
 
 def by_hand(
-    model: nn.Module, added: Added, adapter: Adapter, packed: dict[str, list[str]]
+    model: nn.Module, added: Pairs, adapter: Adapter, packed: dict[str, list[str]]
 ) -> list[dict[str, Any]]:
     """Return per layer of the adapter how far what was added is from scale * B @ A @ input.
 
@@ -89,8 +62,5 @@ def by_hand(
         if not sizes or sizes[part] != b.shape[0] or given.shape[1] != a.shape[1]:
             continue
         wanted = ALPHA / RANK * given @ a.T @ b.T
-        norm = torch.linalg.vector_norm
-        share = norm(sums.split(sizes, dim=1)[part] - wanted, dim=1) / norm(wanted, dim=1)
-        share = share.nan_to_num(nan=float("inf"))
-        row["difference"] = float(share.quantile(0.75, interpolation="nearest"))
+        row["difference"] = share_off(sums.split(sizes, dim=1)[part], wanted, 0.75)
     return rows

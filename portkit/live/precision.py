@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from portkit.live.fused import fused_parts
+from portkit.live.live_inputs import share_off
 from portkit.live.trace import Captures, Key
 from portkit.live.walk import paired
 
@@ -95,7 +96,4 @@ def lost(
 
 
 def _distance(found: torch.Tensor, exact: torch.Tensor) -> tuple[float, ...]:
-    norm = torch.linalg.vector_norm
-    share = norm(found - exact, dim=1) / norm(exact, dim=1).clamp(min=1e-30)
-    share = torch.nan_to_num(share, nan=math.inf)
-    return tuple(float(share.quantile(q, interpolation="nearest")) for q in QUANTILES)
+    return tuple(share_off(found, exact, quantile) for quantile in QUANTILES)

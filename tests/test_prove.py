@@ -17,6 +17,7 @@ from portkit.create import new_port
 from portkit.draft.pipeline import apply_draft
 from portkit.hints import find, for_failure
 from portkit.live.client import live_for
+from portkit.live.device import find_device
 from portkit.port import Port
 from portkit.steps.prove.checks import AsUsersRunIt, ReportWritten, TensorParallel
 from portkit.steps.prove.gather import LIMITS
@@ -224,6 +225,19 @@ def test_a_port_that_is_wrong_in_float32_leaves_nothing_to_compare(bench):
     )
     verdict = run(bench, HalfPrecision, seed)
     assert verdict.status == "skipped" and "portkit check weights" in verdict.what
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(find_device()[0] != "cpu", reason="a GPU has the kernel")
+def test_half_precision_that_this_build_of_vllm_has_no_kernel_for_is_skipped(tmp_path):
+    """vLLM's CPU build runs Mamba's mixer in float32 only: no mistake of the port."""
+    port = new_port("tiny", architecture="MambaForCausalLM", root=tmp_path)
+    for step in ("copy", "forward", "parallel", "weights"):
+        assert apply_draft(port, step).status == "success"
+    with live_for(port) as live:
+        verdict = HalfPrecision().run(CheckContext(port, live))
+    assert verdict.status == "skipped", words(verdict)
+    assert "MambaMixer in float32 only" in verdict.what and "on a GPU" in verdict.what
 
 
 # ---- how a run is judged ------------------------------------------------------------------------

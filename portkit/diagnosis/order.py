@@ -28,6 +28,7 @@ ORDER = (
     "used_parameters",
     "config_fields",
     "tied_head",
+    "half_precision",
     "layer_classes",
     "prefixes",
     "rehearsal_tp2",
@@ -99,9 +100,12 @@ def steps_that_apply(port: Port) -> tuple[str, ...]:
 
 def checks_that_apply(port: Port, *, quick: bool = False) -> tuple[type[Check], ...]:
     """Return the checks to run, in the order in which a fault of one explains the next."""
-    checks = {c.id: c for step in steps_that_apply(port) for c in checks_of(step)}
+    steps = steps_that_apply(port)
+    if "weights" in steps:  # of step prove, what looks at one module after the other
+        steps += ("prove",)
+    checks = {c.id: c for step in steps for c in checks_of(step)}
     own = [c for c in checks if c in ORDER and not (quick and c in SLOW)]
-    if steps_that_apply(port) == ("copy",):
+    if steps == ("copy",):
         return tuple(checks.values())
     return tuple(checks[c] for c in sorted(own, key=ORDER.index))
 

@@ -3,6 +3,7 @@
 The engine runs twice: in that dtype and with that attention, for the values, and in float32, to
 know which modules of the two sides are the same thing. See live/precision.py for the comparison.
 
+args: loader, "port" (default) or "portkit".
 value: dtype, tokens, layers [{path, same}] (same: whether its output agrees in float32), places
 (how many the original has), reaches_the_end (whether float32 agrees there), rows [{path, role,
 ours, theirs, ratio, where}], in the original's order.
@@ -43,9 +44,10 @@ OPTIONS = {
 def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     """Trace the port in its own dtype and in float32, and the original beside both."""
     port = Port(Path(request.port_root))
+    loader = request.args.get("loader", "port")
     say("starting vLLM in the dtype that it chooses by itself")
     own = {"dtype": "auto", "attention_config": None, "block_size": None}
-    with live_engine.start(port.root, loader="port", **OPTIONS, **own) as engine:
+    with live_engine.start(port.root, loader=loader, **OPTIONS, **own) as engine:
         config = engine.llm.llm_engine.model_config
         dtype: torch.dtype = config.dtype
         ids = random_ids(
@@ -55,7 +57,7 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     fed = [*ids, *tokens[:-1]]
     value = {"dtype": str(dtype).removeprefix("torch."), "tokens": len(fed)}
     say("the same in float32, to know what to compare")
-    with live_engine.start(port.root, loader="port", **OPTIONS) as engine:
+    with live_engine.start(port.root, loader=loader, **OPTIONS) as engine:
         device = engine.profile.device
         reference = Reference(port, engine.checkpoint, device=device)
         full, _ = trace_port(engine, [fed], 0, 1)

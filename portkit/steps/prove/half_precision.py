@@ -7,6 +7,7 @@ from typing import Any
 
 from portkit.checks.base import Check, CheckContext
 from portkit.checks.verdict import Table, Verdict
+from portkit.live.missing_kernels import NEXT
 
 BUDGET = 2.0
 """How many times Transformers' own loss a layer may lose. Of 97 drafts that match in float32 the
@@ -67,7 +68,9 @@ class HalfPrecision(Check):
     title = "Half precision, layer by layer"
 
     def run(self, context: CheckContext) -> Verdict:
-        job = self.job(context, "half_precision")
+        job = self.job(context, "half_precision", loader=context.loader or "port")
+        if not job.ok and job.next == NEXT:
+            return self.skipped(f"It cannot be judged on this machine. {job.what}. {NEXT}", job=job)
         if not job.ok:
             return self.failed_job(job)
         value = job.value

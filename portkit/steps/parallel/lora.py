@@ -209,7 +209,8 @@ class LoraAdapters(Check):
         else:
             what = (
                 f"An adapter of {name} moves the port by {first['ours']:.2g}, Transformers by "
-                f"{first['theirs']:.2g}; they differ by {first['max_abs']:.2g}."
+                f"{first['theirs']:.2g}; they differ by {first['max_abs']:.2g}, and what a layer "
+                f"adds to its own input is {first['furthest']:.2g} of it away from scale * B @ A."
             )
             causes = (CAUSES[2], *CAUSES[:2])
             next = (

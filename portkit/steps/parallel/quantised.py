@@ -132,7 +132,7 @@ class QuantisedRun(Check):
         count = f"{sum(r['actual'] for r in found['layers'])} of {len(found['layers'])} layers run"
         off = [r for r in found["linears"] if not _alike(r)]
         if off:
-            worst = max(off, key=lambda r: r["difference"] / r["effect"])
+            worst = max(off, key=_times)
             part = f" (in {worst['part']})" if worst["part"] else ""
             return self.failed(
                 f"{_in_format(found, way)} {worst['path']}{part} "
@@ -237,11 +237,16 @@ def _closest(found: dict[str, Any]) -> str:
     """Say how near the quantised layers come to what they should compute."""
     if not found["linears"]:
         return "no layer's own input was seen"
-    worst = max(found["linears"], key=lambda r: r["difference"] / max(r["effect"], 1e-30))
+    worst = max(found["linears"], key=_times)
     return (
         f"each gives what its own input rounded alike gives, to {worst['difference']:.1e} of it at "
         f"most (rounding changes {worst['effect']:.1e})"
     )
+
+
+def _times(row: dict[str, Any]) -> float:
+    """How often what rounding changes, which is nothing for some weights, the layer is off."""
+    return row["difference"] / max(row["effect"], 1e-30)
 
 
 def _alike(row: dict[str, Any]) -> bool:

@@ -74,6 +74,31 @@ DEALT = """
 """Every second row and column to a rank: the same sums, but no place for an adapter's one piece."""
 
 
+def test_a_linear_whose_own_forward_casts_is_taken_at_its_word(bench: Bench) -> None:
+    """As vLLM's GateLinear: its weight has another dtype than what it is given."""
+    Bench(bench.port, "weights").write(
+        edit(
+            "class HeliumAttention(",
+            "class WideLinear(ReplicatedLinear):\n"
+            "    def forward(self, x):\n"
+            "        wide, bias = super().forward(x.double())\n"
+            "        return wide.to(x.dtype), bias\n\n\n"
+            "class HeliumAttention(",
+            "self.o_proj = RowParallelLinear(",
+            "self.o_proj = WideLinear(",
+            'prefix=f"{prefix}.o_proj",',
+            'prefix=f"{prefix}.o_proj", params_dtype=torch.float64,',
+            "    RowParallelLinear,\n)",
+            "    ReplicatedLinear,\n    RowParallelLinear,\n)",
+        )
+    )
+    job = live_for(bench.port).run("lora", loader="port")
+    assert job.ok, job.what
+    wide = [row for row in job.value["linears"] if row["path"].endswith(".o_proj")]
+    assert wide and all(row["layer"] and row["difference"] < 1e-4 for row in wide), wide
+    assert job.value["all"]["ok"], job.value["all"]
+
+
 def test_adapters_that_only_ranks_lead_astray_are_named(bench: Bench) -> None:
     loader = "        loader = AutoWeightsLoader(self)\n"
     Bench(bench.port, "weights").write(edit(loader, DEALT + loader))

@@ -54,6 +54,8 @@ SLOW = (
 """Left out by `quick`: they seldom fail alone."""
 SAME_AS = {"rehearsal_tp1": "prefill_parity", "load_parity": "prefill_parity"}
 """Required check -> the one that stands for it here."""
+ALSO_NEEDS = {"half_precision": ("prefill_parity",)}
+"""Check -> what must have passed before it, here: the steps see to that by their order."""
 STAGES = {
     "prefill_parity": "prefill",
     "chunked_prefill": "chunked",

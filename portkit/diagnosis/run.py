@@ -13,6 +13,7 @@ from portkit.checks.runner import run_one
 from portkit.checks.verdict import Verdict
 from portkit.diagnosis.flips import Flip, flips_of
 from portkit.diagnosis.order import (
+    ALSO_NEEDS,
     SAME_AS,
     STAGES,
     TOPICS,
@@ -101,6 +102,7 @@ def _judge(
     verdicts: dict[str, Verdict] = {}
     for check in checks:
         needs = [SAME_AS.get(r, r) for r in check.requires]
+        needs += ALSO_NEEDS.get(check.id, ())
         unmet = [r for r in needs if r in verdicts and verdicts[r].status != "passed"]
         if unmet:
             verdicts[check.id] = check().skipped(f"needs `{unmet[0]}`, which did not pass")

@@ -26,9 +26,13 @@ def watched(model: nn.Module) -> AbstractContextManager[Pairs]:
 
 
 def _added(layer: Any, given: torch.Tensor, gave: torch.Tensor) -> torch.Tensor:
-    base = layer.base_layer
-    bias = None if base.skip_bias_add else base.bias
-    return gave.float() - base.quant_method.apply(base, given, bias).float()
+    # As the layer does it, but for the adapter: a router's own forward casts (GateLinear).
+    layer._apply_lora_to_output = lambda _, output: output
+    try:
+        plain = layer.forward(given)
+    finally:
+        del layer._apply_lora_to_output
+    return gave.float() - (plain[0] if isinstance(plain, tuple) else plain).float()
 
 
 def by_hand(

@@ -12,6 +12,7 @@ ours, theirs, ratio, where}], in the original's order.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from portkit.live.locate import method_place, place_of
 from portkit.live.precision import Lost, agreeing, layers_of, lost, reaches_the_end
 from portkit.live.prompts import random_ids
 from portkit.live.reference import Reference, load_model
-from portkit.live.trace import trace_original, trace_port
+from portkit.live.trace import Captures, trace_original, trace_port
 from portkit.port import Port
 
 TOKENS = 400
@@ -46,14 +47,15 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     port = Port(Path(request.port_root))
     loader = request.args.get("loader", "port")
     say("starting vLLM in the dtype that it chooses by itself")
-    own = {"dtype": "auto", "attention_config": None, "block_size": None}
-    with live_engine.start(port.root, loader=loader, **OPTIONS, **own) as engine:
-        config = engine.llm.llm_engine.model_config
-        dtype: torch.dtype = config.dtype
-        ids = random_ids(
-            engine.vocab_size, min(TOKENS, int(config.max_model_len) - DECODED), seed=600
-        )
-        half, tokens = trace_port(engine, [ids], 0, DECODED)
+    try:
+        dtype, ids, half, tokens = _as_vllm_chooses(port, loader)
+    except ValueError as error:
+        # It has kernels of latent attention for a few sizes only, and no checkpoint of another one
+        # can be served but expanded.
+        if "MLA" not in str(error) or os.environ.get("VLLM_MLA_DISABLE") == "1":
+            raise
+        os.environ["VLLM_MLA_DISABLE"] = "1"
+        dtype, ids, half, tokens = _as_vllm_chooses(port, loader)
     fed = [*ids, *tokens[:-1]]
     value = {"dtype": str(dtype).removeprefix("torch."), "tokens": len(fed)}
     say("the same in float32, to know what to compare")
@@ -79,6 +81,18 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
             "reaches_the_end": reaches_the_end(same, theirs, layers),
             "rows": [_row(r, engine.model) for r in rows],
         }
+
+
+def _as_vllm_chooses(
+    port: Port, loader: str
+) -> tuple[torch.dtype, list[int], Captures, tuple[int, ...]]:
+    """Return the dtype, a prompt, what its run gave everywhere, and the tokens decoded."""
+    own = {"dtype": "auto", "attention_config": None, "block_size": None}
+    with live_engine.start(port.root, loader=loader, **OPTIONS, **own) as engine:
+        config = engine.llm.llm_engine.model_config
+        length = min(TOKENS, int(config.max_model_len) - DECODED)
+        ids = random_ids(engine.vocab_size, length, seed=600)
+        return config.dtype, ids, *trace_port(engine, [ids], 0, DECODED)
 
 
 def _row(row: Lost, port: nn.Module) -> dict[str, Any]:

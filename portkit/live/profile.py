@@ -16,8 +16,6 @@ class Tolerance:
 
 
 TIMES_NOISE = 20
-SEEN = 5
-"""Correct ports were seen to differ from Transformers by up to so many times a model's noise."""
 MOST = 0.1
 """A model that rounding moves further than this cannot be compared."""
 SMALLEST = 2e-4
@@ -38,6 +36,8 @@ class Profile:
     """One module's output against its counterpart's, relative to the largest value there."""
     far: int
     """The longest prompt that checks use, in tokens."""
+    seen: int = 5
+    """By up to how many times a model's noise correct ports were seen to differ."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of vllm.LLM."""
 
@@ -58,13 +58,13 @@ class Profile:
 
     def allowed(self, noise: float) -> Tolerance:
         """Return the usual tolerance, or a larger one where a model's own rounding asks for it."""
-        value = SEEN * noise
+        value = self.seen * noise
         if value <= self.logprobs.value or not math.isfinite(value):
             return self.logprobs
         return Tolerance(
             min(value, MOST),
             f"these weights make much of rounding: float32 itself is {noise:.0e} from float64; "
-            f"{SEEN} times that was seen on correct ports",
+            f"{self.seen} times that was seen on correct ports",
         )
 
     @classmethod
@@ -118,6 +118,8 @@ CUDA = Profile(
     itself=Tolerance(2e-3, "cuBLAS chooses another kernel for another batch size"),
     module=Tolerance(2e-4, "as on the CPU, and cuBLAS' split sums"),
     far=2048,
+    # Mamba2 was 18 times off on an H200: its kernel subtracts sums that run over a whole chunk.
+    seen=20,
     options={
         **_OPTIONS,
         # Float32, and everything that attention can have: FlexAttention takes neither soft-caps nor

@@ -7,6 +7,7 @@ The same port and checkpoint always give the same prompts. Imports neither torch
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from portkit.errors import PortkitError
@@ -68,6 +69,17 @@ def random_ids(vocab: int, count: int, *, seed: int) -> tuple[int, ...]:
     """Return `count` token ids below `vocab`, the same for the same seed."""
     generator = random.Random(seed)
     return tuple(generator.randrange(vocab) for _ in range(count))
+
+
+def texts_of(checkpoint: Checkpoint, ids: Iterable[int]) -> dict[str, str]:
+    """Return what single token ids stand for, by str(id); {} without a tokenizer.json."""
+    path = checkpoint.root / "tokenizer.json"
+    if not path.is_file():
+        return {}
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+    return {str(i): tokenizer.decode([i], skip_special_tokens=False) for i in sorted(ids)}
 
 
 def _texts(port: Port, checkpoint: Checkpoint) -> tuple[str, ...]:

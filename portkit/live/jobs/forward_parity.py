@@ -23,7 +23,7 @@ from portkit.live.ignored import ignored_by
 from portkit.live.job import JobRequest
 from portkit.live.locate import place_of
 from portkit.live.parity import Comparison, compare, compare_decode
-from portkit.live.prompts import CELLS, Prompts, noise_prompt, prompts_for, random_ids
+from portkit.live.prompts import CELLS, Prompts, noise_prompt, prompts_for, random_ids, texts_of
 from portkit.live.reference import Reference
 from portkit.live.trace import BeforeForward
 from portkit.port import Port
@@ -92,7 +92,15 @@ class _Evidence:
                 continue
             self.say(f"running: {stage}")
             value[stage] = self._guarded(getattr(self, f"_{stage}"))
-        value["texts"] = self._texts(value)
+        ids = {
+            token
+            for stage in STAGES
+            for case in value.get(stage, {}).get("cases", ())
+            if not case["ok"]
+            for side in ("ours", "theirs")
+            for token, _ in case[side]
+        }
+        value["texts"] = texts_of(self.engine.checkpoint, ids)
         return value
 
     def _worth_it(self, value: dict[str, Any]) -> bool:
@@ -346,6 +354,8 @@ class _Evidence:
         self, cases: list[tuple[Comparison, _Situation]], steps: list[dict[str, int]]
     ) -> dict[str, Any]:
         """Return the comparisons as plain values and, if one failed, where it first diverges."""
+        look = self.reference.second_look
+        cases = [(look(found, s.ids, self.engine.profile), s) for found, s in cases]
         computed = sum(n for step in steps for n in step.values())
         evidence: dict[str, Any] = {"steps": len(steps), "tokens_computed": computed}
         evidence["cases"] = [case.to_dict() for case, _ in cases]
@@ -378,24 +388,6 @@ class _Evidence:
                     )
                 )
         return evidence
-
-    def _texts(self, value: dict[str, Any]) -> dict[str, str]:
-        """Return the texts of the token ids in the tables, if there is a tokenizer."""
-        path = self.engine.checkpoint.root / "tokenizer.json"
-        if not path.is_file():
-            return {}
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(path))
-        ids = {
-            token
-            for stage in STAGES
-            for case in value.get(stage, {}).get("cases", ())
-            if not case["ok"]
-            for side in ("ours", "theirs")
-            for token, _ in case[side]
-        }
-        return {str(i): tokenizer.decode([i], skip_special_tokens=False) for i in sorted(ids)}
 
 
 def _backend(attention: Any) -> str:

@@ -85,7 +85,7 @@ def compare_with_reference(
                 start=len(ids) - 1,
             )
             found = found if decoded.ok and decoded.max_abs < found.max_abs else decoded
-        cases.append(found)
+        cases.append(reference.second_look(found, ids, engine.profile))
     return cases, prompts, tolerance
 
 

@@ -81,4 +81,4 @@ def _standing(parameter: torch.Tensor, tensor: torch.Tensor, target: Target) -> 
     if should.numel() < tensor.numel() or torch.equal(should, stands):
         return None
     # Padding that the loader filled is none of the tensor's.
-    return stands.float()[: tensor.numel()]
+    return stands[: tensor.numel()].float().cpu()

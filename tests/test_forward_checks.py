@@ -92,6 +92,14 @@ SEEDS = {
         ("interface",),
         ("chunked prefill off", "not causal", "use Attention where"),
     ),
+    "forward run while vLLM starts, as it is on GPUs": Seed(
+        'prefix=f"{prefix}.attn",\n        )\n',
+        'prefix=f"{prefix}.attn",\n        )\n'
+        "        self.forward(torch.zeros(1, 1), torch.zeros(1, 7))\n",
+        "starts",
+        ("interface",),
+        ("in forward", "Tensors are flat in vLLM", "num_kv_heads="),
+    ),
     "attention scale": Seed(
         "self.head_dim**-0.5",
         "self.head_dim**-1.0",

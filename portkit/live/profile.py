@@ -118,8 +118,8 @@ CUDA = Profile(
     itself=Tolerance(2e-3, "cuBLAS chooses another kernel for another batch size"),
     module=Tolerance(2e-4, "as on the CPU, and cuBLAS' split sums"),
     far=2048,
-    # Mamba2 was 18 times off on an H200: its kernel subtracts sums that run over a whole chunk.
-    seen=20,
+    # vLLM's own Mamba2 was 37 times off on an H200 (its kernel takes an approximate exp).
+    seen=40,
     options={
         **_OPTIONS,
         # Float32, and everything that attention can have: FlexAttention takes neither soft-caps nor

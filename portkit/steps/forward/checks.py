@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from portkit.checks.base import Check, CheckContext
@@ -11,6 +12,14 @@ from portkit.live.loads import said_left_out
 from portkit.steps.forward.config_fields import ConfigFields
 from portkit.steps.forward.parity import STEP, Parity, evidence
 from portkit.steps.forward.used_parameters import UsedParameters
+
+SHAPES = (
+    "Tensors are flat in vLLM: hidden_states is [tokens, hidden], without a batch dimension; views "
+    "and transposes for [batch, heads, tokens, ...] go.",
+    "If it stops inside Attention: the head counts and head size given to it must be those of q, k "
+    "and v (num_kv_heads=).",
+)
+"""Why a forward stops."""
 
 
 class Interface(Check):
@@ -97,8 +106,9 @@ class Starts(Parity):
 
     def run(self, context: CheckContext) -> Verdict:
         job = evidence(context, afresh=True)
-        if not job.ok:
-            return self.failed_job(job)
+        if not job.ok:  # on a GPU vLLM runs forward while it starts, to see what memory it takes
+            shapes = SHAPES if ", in forward:" in job.where else ()
+            return replace(self.failed_job(job), causes=shapes)
         found = job.value["starts"]
         rows = (
             ("class", found["class"]),
@@ -127,13 +137,7 @@ class Starts(Parity):
                 next=error["next"],
                 log=error["log"],
                 job=job,
-                causes=(
-                    "Tensors are flat in vLLM: hidden_states is [tokens, hidden], without a batch "
-                    "dimension; views and transposes for [batch, heads, tokens, ...] go.",
-                    "If it stops inside Attention: the head counts and head size given to it "
-                    "must be those of q, "
-                    "k and v (num_kv_heads=).",
-                ),
+                causes=SHAPES,
             )
         if not found["attention_layers"]:
             return self.failed(

@@ -177,6 +177,20 @@ def test_options_stay_at_their_defaults_if_asked(tmp_path: Path) -> None:
     assert (hard["ffn_hidden_size"], usual["ffn_hidden_size"]) == (192, 512)
 
 
+def test_options_stay_at_their_defaults_where_layers_rotate_each_their_own_way(
+    tmp_path: Path,
+) -> None:
+    settings = {"architecture": "Gemma3ForCausalLM", "model_type": "gemma3_text"}
+    out = tmp_path / "checkpoint"
+    done = live_for(None).run("random_checkpoint", **settings, out=str(out), options="default")
+    assert done.ok, done.what
+    rope = json.loads((out / "config.json").read_text())["rope_parameters"]
+    assert {kind: of["rope_theta"] for kind, of in rope.items()} == {
+        "full_attention": 1_000_000.0,
+        "sliding_attention": 10_000.0,
+    }
+
+
 @pytest.mark.vllm
 def test_weights_may_be_cut_when_they_are_loaded(tmp_path):
     """Mamba's mixer asks for the rank in its weight_loaders, not when it is built."""

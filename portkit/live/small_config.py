@@ -75,7 +75,8 @@ def without_options(default: Any, hard: dict[str, Any]) -> dict[str, Any]:
     """
     fields = default.to_dict()
     found = {k: v for k, v in hard.items() if not is_option(default, fields, k, v)}
-    if given := found.get("rope_parameters"):
+    given = found.get("rope_parameters")
+    if given and "rope_theta" in given:  # else they are by kind of layer, and the class's own
         rope = fields.get("rope_parameters") or {}
         found["rope_parameters"] = {**rope, "rope_theta": given["rope_theta"]}
     return found

@@ -11,6 +11,7 @@ from seeds import edit
 
 from portkit.adopt import adopt
 from portkit.architectures import in_scope
+from portkit.checks.base import CheckContext
 from portkit.checks.runner import checks_of, run_checks, run_one
 from portkit.errors import PortkitError
 from portkit.live.client import live_for
@@ -240,6 +241,18 @@ def test_adapters_beside_experts_are_left_to_a_gpu(tmp_path):
         job = live.run("lora", timeout=240.0, loader="port")
     assert job.ok, job.what
     assert "nothing" in job.value
+
+
+@pytest.mark.vllm
+def test_adapters_that_vllms_own_block_cuts_wrongly_for_ranks_are_told_as_that(tmp_path):
+    """One group on two ranks: MambaMixer2 repeats it in in_proj, vLLM's adapters do not."""
+    one = {"mamba_n_groups": 1}
+    port = tiny("falcon_h1", "FalconH1ForCausalLM", tmp_path, options="default", set=one)
+    with live_for(port) as live:
+        (check,) = (c for c in checks_of("parallel") if c.id == "lora")
+        found = check().run(CheckContext(port, live, loader="port"))
+    assert found.status == "passed", found.what
+    assert "On two ranks those of in_proj go wrong, in any port" in found.what, found.what
 
 
 @pytest.mark.vllm

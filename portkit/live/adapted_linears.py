@@ -68,3 +68,17 @@ def by_hand(
         wanted = ALPHA / RANK * given @ a.T @ b.T
         row["difference"] = share_off(sums.split(sizes, dim=1)[part], wanted, 0.75)
     return rows
+
+
+def rows_in_blocks(model: nn.Module) -> dict[str, int]:
+    """Return name -> rows, those of all ranks together, of the linears in vLLM's own blocks.
+
+    MambaMixer2 with fewer groups than ranks repeats groups in in_proj, which has more rows then
+    than in the checkpoint; vLLM cuts an adapter's for ranks as if it did not.
+    """
+    return {
+        path.rpartition(".")[2]: int(module.base_layer.output_size)
+        for path, module in model.named_modules()
+        if isinstance(module, BaseLinearLayerWithLoRA)
+        and type(model.get_submodule(path.rpartition(".")[0])).__module__.startswith("vllm.")
+    }

@@ -7,8 +7,9 @@ routers: the prompt in the middle is compared, not all), unadapted (max_abs and 
 without an adapter; None but in float16), zero and all (error, max_abs, median, ok; all also
 furthest, of linears), linears (each on its own input, live/adapted_linears.py; one rank), parts
 (only if `all` differs: per layer name, an adapter of that alone: ours, theirs, max_abs, error,
-like: another layer name whose change the port made instead); "nothing" with a reason instead, if
-there is no linear to adapt or the class takes no adapters.
+like: another layer name whose change the port made instead), repeated (only if `all` differs on
+ranks: names of layers of which a block of vLLM's own repeats rows for ranks); "nothing" with a
+reason instead, if there is no linear to adapt or the class takes no adapters.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from vllm.lora.request import LoRARequest
 from vllm.model_executor.models.interfaces import supports_lora
 
 from portkit.live import adapters
-from portkit.live.adapted_linears import by_hand, watched
+from portkit.live.adapted_linears import by_hand, rows_in_blocks, watched
 from portkit.live.checkpoint import Checkpoint, open_checkpoint
 from portkit.live.device import find_device
 from portkit.live.engine import Engine
@@ -181,6 +182,7 @@ class _Comparison:
             "unadapted": None,
             "zero": self._judged(zero, self.plain),
             "parts": [],
+            "repeated": [],
         }
         if self.half:
             plain = self._answers()
@@ -193,6 +195,10 @@ class _Comparison:
         if not value["all"]["ok"]:
             say("finding the layers whose adapter goes astray")
             value["parts"] = self._parts(paths)
+            if self.engine.tensor_parallel_size > 1:
+                rows = self.engine.on_model(rows_in_blocks)[0]
+                of = {path.rpartition(".")[2]: len(b) for path, (_, b) in adapter.items()}
+                value["repeated"] = [n for n, count in of.items() if rows.get(n, count) != count]
         return value
 
     def _with(self, adapter: adapters.Adapter) -> np.ndarray | str:

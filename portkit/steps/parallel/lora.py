@@ -140,6 +140,8 @@ class LoraAdapters(Check):
                 job=job,
             )
         astray = [row for row in found["parts"] if not row["ok"]]
+        if astray and {row["name"] for row in astray} <= {*found["repeated"]}:
+            return None  # not the port's: _alike says so
         names = ", ".join(row["name"] for row in astray) or "all layers together"
         by = astray[0]["max_abs"] if astray else found["all"]["max_abs"]
         error = astray[0]["error"] if astray else found["all"]["error"]
@@ -259,6 +261,12 @@ def _alike(found: dict[str, Any]) -> str:
         return f"On two ranks none can be tried: {found['nothing']}."
     if _off_in_half(found):
         return "On two ranks none can be judged: in float16 the port is off without one."
+    if astray := ", ".join(row["name"] for row in found["parts"] if not row["ok"]):
+        return (
+            f"On two ranks those of {astray} go wrong, in any port: vLLM's own block repeats parts "
+            "of that layer for ranks (fewer groups than ranks) and cuts adapters as if it did not. "
+            "Serve adapters on one rank, or on as many as divide the groups."
+        )
     return f"On two ranks ({found['how']}) to {_near(found)}."
 
 

@@ -127,9 +127,9 @@ def document(rows: Mapping[str, NativeRow]) -> str:
         "# vLLM's own classes, checked",
         "",
         "Each class of vLLM for an architecture in scope, adopted as it is (`portkit adopt`) and "
-        "diagnosed (`portkit diagnose`: all checks of the steps forward, parallel and weights, "
-        "weights read by the class's own `load_weights`) on a tiny random checkpoint in float32, "
-        "on a CPU. First a hardened one, which switches on what the config class offers; where a "
+        "diagnosed (`portkit diagnose`: all checks of the steps forward, parallel and weights, and "
+        "half precision by layer; weights read by the class's own `load_weights`) on a tiny random "
+        "checkpoint in float32, on a CPU. First a hardened one, which switches on what the config class offers; where a "
         "check fails there, a second one with options (switches, caps, factors, sizes that are "
         "computed unless given) at the config class's defaults, the weights as hard as ever. "
         "`python benchmarks/native_classes.py` measures, `--write docs/native-classes.md` makes "
@@ -163,8 +163,12 @@ def document(rows: Mapping[str, NativeRow]) -> str:
         "",
         "## On a GPU",
         "",
-        "Some of them on an NVIDIA H200, 2026-11-28 (vLLM 0.32.0 for CUDA, torch 2.11, "
-        "Transformers 5.19.0), in the same way; the last checkpoint tried, if not said otherwise.",
+        "60 of them on an NVIDIA H200, 2026-11-28 (vLLM 0.32.0 for CUDA, torch 2.11, Transformers "
+        "5.19.0), in the same way. 15 are silent on the hardened checkpoint: the 13 above, "
+        "FalconMamba and Mamba; with options at their defaults Falcon, Gemma, GPT2, GraniteMoe, "
+        "HYV3, Qwen2, Qwen3 and Qwen3Moe. What is not listed fails the checks that it fails here. "
+        "Not run: AXK1, Dbrx, DeepseekV4, Inkling, MiMoV2Flash, Qwen3_5Moe and Qwen4Exp; in an "
+        "earlier run only: DeepseekV32, GlmMoeDsa, HYV4, KimiLinear, Lfm2, Qwen3Next, Qwen3_5.",
         "",
         "| architecture | what was seen |",
         "|---|---|",

@@ -131,8 +131,8 @@ def document(rows: Mapping[str, NativeRow]) -> str:
         "half precision by layer; weights read by the class's own `load_weights`) on a tiny random "
         "checkpoint in float32, on a CPU. First a hardened one, which switches on what the config "
         "class offers; where a check fails there, a second one with options (switches, caps, "
-        "factors, sizes that are computed unless given) at the config class's defaults, the weights "
-        "as hard as ever. "
+        "factors, sizes that are computed unless given) at the config class's defaults, the "
+        "weights as hard as ever. "
         "`python benchmarks/native_classes.py` measures, `--write docs/native-classes.md` makes "
         "this page; the sentences of the last two tables are from benchmarks/native_findings.toml: "
         "what a person found who looked into the failure.",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding, RotaryEmbeddingBase
 
 from portkit.live.fused import fused_parts
 from portkit.live.trace import Captures
@@ -153,3 +153,21 @@ class Evidence:
         names = [p for p, r in self.theirs.values if r == "out" and p.startswith(prefix)]
         named = [p for p in names if p.removeprefix(prefix).startswith((f"{role}_", f"{role}."))]
         return named[-1] if named else ""
+
+
+def rotate(
+    states: torch.Tensor,
+    positions: torch.Tensor,
+    head_size: int,
+    dim: int,
+    base: float,
+    style: bool,
+) -> torch.Tensor:
+    """Apply vLLM's own rotary formula to [tokens, heads * head_size] with other settings."""
+    frequencies = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    angles = torch.outer(torch.arange(int(positions.max()) + 1, dtype=torch.float32), frequencies)
+    cache = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    rotated, _ = RotaryEmbedding.forward_static(
+        positions, states.clone(), None, head_size, dim, cache, style
+    )
+    return rotated

@@ -15,7 +15,7 @@ from torch import nn
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
-from portkit.live.comparing import Evidence
+from portkit.live.comparing import Evidence, rotate
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": nn.functional.silu,
@@ -158,7 +158,7 @@ class Diagnosis(Evidence):
                 for style in styles:
                     changed = self._differences(rotary, base, dim, style)
                     if changed and self._near(
-                        _rotate(given, positions, rotary.head_size, dim, base, style), target
+                        rotate(given, positions, rotary.head_size, dim, base, style), target
                     ):
                         self.found.append(
                             "With " + " and ".join(changed) + " the numbers agree (tried on this "
@@ -384,21 +384,3 @@ class Diagnosis(Evidence):
             "The hidden states agree, compute_logits does not: head not tied as the config says, "
             "its weight not loaded, a scale or a cap left out."
         )
-
-
-def _rotate(
-    states: torch.Tensor,
-    positions: torch.Tensor,
-    head_size: int,
-    dim: int,
-    base: float,
-    style: bool,
-) -> torch.Tensor:
-    """Apply vLLM's own rotary formula to [tokens, heads * head_size] with other settings."""
-    frequencies = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
-    angles = torch.outer(torch.arange(int(positions.max()) + 1, dtype=torch.float32), frequencies)
-    cache = torch.cat((angles.cos(), angles.sin()), dim=-1)
-    rotated, _ = RotaryEmbedding.forward_static(
-        positions, states.clone(), None, head_size, dim, cache, style
-    )
-    return rotated

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from portkit.live.engine import Generated
+if TYPE_CHECKING:
+    from portkit.live.engine import Generated
 
 TOP = 5
 

@@ -81,14 +81,24 @@ class Diagnosis(Evidence):
                 "vLLM's paged cache, and no later chunk or decode step can see them."
             )
             return
+        what = self.uncalled_around(at.path) or at.path
         self.found.append(
-            f"The port makes {at.path} and loads its weights, but its forward never calls it."
+            f"The port makes {what} and loads its weights, but its forward never calls it."
         )
         parent = at.path.rpartition(".")[0]
         rows = len(self.theirs.values[at.path, "out"])
         for (path, role), value in self.ours.values.items():
             if role == "out" and path.rpartition(".")[0] == parent and len(value) == 2 * rows:
                 self.found.append(f"{path} is called twice instead.")
+
+    def uncalled_around(self, path: str) -> str:
+        """Return the outermost module around `path` of which nothing is called; "" if none."""
+        parts = path.split(".")
+        for depth in range(1, len(parts)):
+            around = ".".join(parts[:depth])
+            if not any(f"{seen}.".startswith(f"{around}.") for seen, _ in self.ours.values):
+                return around
+        return ""
 
     def _rotary(self) -> None:
         rotary = self._rotary_module()

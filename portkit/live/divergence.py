@@ -12,7 +12,7 @@ from torch import nn
 from portkit.live.diagnose import Diagnosis
 from portkit.live.engine import Engine, Prompt
 from portkit.live.fused import fused_parts
-from portkit.live.locate import Place, method_place, place_of
+from portkit.live.locate import Place, call_of, method_place, place_of
 from portkit.live.trace import Captures, trace_original, trace_port
 from portkit.live.walk import Divergence, Step, paired, walk
 
@@ -125,12 +125,17 @@ def _earlier(
 def _where(port: nn.Module, original: nn.Module, found: Divergence, diagnosis: Diagnosis) -> str:
     """Return the line to look at: where the module is made, or what it is handed in a call."""
     place: Place | None
+    if diagnosis.at.kind == "never called" and (whole := diagnosis.uncalled_around(found.path)):
+        place = place_of(port, whole)
+        return place.at_call if place is not None else ""
     if diagnosis.call:
         place = place_of(port, f"{found.path}.{diagnosis.call}")
     elif found.kind == "logits":
         place = method_place(type(port), "compute_logits")
     elif found.kind == "value" and found.role == "out" and _holds_modules(port, found.path):
         place = method_place(type(port.get_submodule(found.path)), "forward")
+    elif found.role == "in":
+        place = call_of(port, found.path)
     else:
         place = place_of(port, found.path)
     if place is None:

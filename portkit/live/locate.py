@@ -24,6 +24,8 @@ class Place:
     text: str
     """The construction, or else the call, as it stands there."""
     call_text: str = ""
+    passed_on: bool = False
+    """Whether the call hands on nothing but what its method was given."""
 
     @property
     def at_call(self) -> str:
@@ -59,6 +61,23 @@ def place_of(model: nn.Module, path: str, *, call: str = "") -> Place | None:
     return _in_class(type(holder), names)
 
 
+def call_of(model: nn.Module, path: str) -> Place | None:
+    """Return the call that decides what the module at `path` is given.
+
+    That is further out where a call only hands on what its own method got: q_proj's input is what
+    the layer gives to the attention. What a layer after the first gets, the one before it made.
+    """
+    place = place_of(model, path)
+    while place is not None and place.passed_on:
+        path = path.rpartition(".")[0]
+        index = path.rpartition(".")[2]
+        outer = place_of(model, path) if path else None
+        if outer is None or not outer.called or (index.isdigit() and index != "0"):
+            break
+        place = outer
+    return place
+
+
 def _in_class(cls: type, names: list[str]) -> Place | None:
     try:
         lines, start = inspect.getsourcelines(cls)
@@ -68,7 +87,7 @@ def _in_class(cls: type, names: list[str]) -> Place | None:
         )
     except (OSError, TypeError, SyntaxError):
         return None
-    made = called = 0
+    made = 0
     text = ""
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign | ast.AnnAssign):
@@ -77,8 +96,8 @@ def _in_class(cls: type, names: list[str]) -> Place | None:
             if not made and any(_is_self(t, names) for t in flat):
                 made = node.lineno
                 text = text or ast.unparse(node)
-        elif isinstance(node, ast.Call) and not called and _is_self(node.func, names):
-            called = node.lineno
+    call = _call(tree, names)
+    called = call.lineno if call is not None else 0
     call_text = lines[called - 1].strip() if called else ""
     if called and not made:
         text = call_text
@@ -92,7 +111,51 @@ def _in_class(cls: type, names: list[str]) -> Place | None:
         called and called + shift,
         short if len(short) <= WINDOW else short[: WINDOW - 2] + " …",
         call_text,
+        call is not None and _passes_on(tree, call),
     )
+
+
+def _call(tree: ast.Module, names: list[str]) -> ast.Call | None:
+    """Return the call of self.name, or that of its items in a loop."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and _is_self(node.func, names):
+            return node
+    for loop in ast.walk(tree):
+        if isinstance(loop, ast.For) and any(_is_self(n, names) for n in ast.walk(loop.iter)):
+            items = {n.id for n in ast.walk(loop.target) if isinstance(n, ast.Name)}
+            for node in ast.walk(loop):
+                if (
+                    isinstance(node, ast.Call)
+                    and isinstance(node.func, ast.Name)
+                    and node.func.id in items
+                ):
+                    return node
+    return None
+
+
+def _passes_on(tree: ast.Module, call: ast.Call) -> bool:
+    """Whether all arguments are the method's own, as it got them."""
+    method = next(
+        (
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef) and call in ast.walk(node)
+        ),
+        None,
+    )
+    given = [*call.args, *(keyword.value for keyword in call.keywords)]
+    names = {node.id for node in given if isinstance(node, ast.Name)}
+    if method is None or not names or len(names) < len(given):
+        return False
+    own = {a.arg for a in (*method.args.args, *method.args.kwonlyargs)}
+    changed = {
+        node.id
+        for node in ast.walk(method)
+        if isinstance(node, ast.Name)
+        and isinstance(node.ctx, ast.Store)
+        and node.lineno < call.lineno
+    }
+    return names <= own - changed
 
 
 def method_place(cls: type, name: str) -> Place | None:

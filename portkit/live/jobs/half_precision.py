@@ -22,7 +22,7 @@ from torch import nn
 
 from portkit.live import engine as live_engine
 from portkit.live.job import JobRequest
-from portkit.live.locate import method_place, place_of
+from portkit.live.locate import call_of, method_place, place_of
 from portkit.live.precision import Lost, agreeing, layers_of, lost, reaches_the_end
 from portkit.live.prompts import random_ids
 from portkit.live.reference import Reference, load_model
@@ -115,6 +115,8 @@ def _where(row: Lost, port: nn.Module) -> str:
         place = place_of(port, f"{row.path}.{rotary}")
     elif children and row.role != "in":
         place = method_place(type(module), "forward")
+    elif row.role == "in":
+        place = call_of(port, row.path)
     else:
         place = place_of(port, row.path)
     if place is None:

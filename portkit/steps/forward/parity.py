@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from portkit.analysis.traced import kept_between_calls
 from portkit.checks.base import Check, CheckContext
 from portkit.checks.results import source_hash
 from portkit.checks.verdict import Verdict
@@ -87,7 +88,7 @@ class Parity(Check):
         bad = [case for case in found["cases"] if not case["ok"]]
         value, reason = job.value["tolerance"]
         if bad:
-            return self._differs(bad, found, job)
+            return self._differs(context.port, bad, found, job)
         reason_not = self.not_exercised(found)
         if reason_not:
             return self.failed(
@@ -119,7 +120,9 @@ class Parity(Check):
         """Causes that the situation itself suggests, when the simpler ones have passed."""
         return ()
 
-    def _differs(self, bad: list[dict[str, Any]], found: dict[str, Any], job: JobResult) -> Verdict:
+    def _differs(
+        self, port: Port, bad: list[dict[str, Any]], found: dict[str, Any], job: JobResult
+    ) -> Verdict:
         case = found["cases"][found["shown"]]
         texts = job.value.get("texts", {})
         trace = found.get("divergence", {})
@@ -141,7 +144,12 @@ class Parity(Check):
         tables.append(cases_table(found["cases"]))
         causes = tuple(trace.get("causes", ()))
         proven = int(trace.get("proven", 0))
-        merged = (*causes[:proven], *self.situation(), *causes[proven:])
+        kept = (
+            f"forward sets self.{name} (line {line}): what is kept between calls comes from "
+            "other tokens, of other requests too."
+            for name, line in kept_between_calls(port.source)
+        )
+        merged = (*causes[:proven], *kept, *self.situation(), *causes[proven:])
         return self.failed(
             what,
             *tables,

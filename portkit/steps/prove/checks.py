@@ -11,6 +11,7 @@ from typing import Any
 
 from portkit.analysis.classes import view_module
 from portkit.analysis.facts import facts_of
+from portkit.analysis.traced import decided_by_python
 from portkit.checks.base import Check, CheckContext, place
 from portkit.checks.verdict import Table, Verdict
 from portkit.live.job import JobResult
@@ -21,7 +22,6 @@ from portkit.report.proof import Proof, proof_report
 from portkit.steps.prove.gather import gather
 from portkit.steps.prove.half_precision import HalfPrecision, over_budget
 from portkit.steps.prove.judging import CARRIED, Judgement, how, judge
-from portkit.steps.prove.traced import decided_by_python
 from portkit.steps.register import tree
 
 TOKENS = 24

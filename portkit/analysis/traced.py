@@ -21,18 +21,35 @@ def decided_by_python(source: str) -> list[int]:
         return []
     branches: list[int] = []
     kept: list[int] = []
-    for cls in (n for n in tree.body if isinstance(n, ast.ClassDef)):
-        steps = [
-            m
-            for m in cls.body
-            if isinstance(m, ast.FunctionDef) and m.name not in ("__init__", "load_weights")
-        ]
+    for steps in _steps(tree):
         remembered = {name: line for m in steps for name, line in _remembered(m)}
         kept += remembered.values()
         for node in (n for m in steps for n in ast.walk(m)):
             if isinstance(node, ast.If | ast.While | ast.IfExp) and _counts(node.test, remembered):
                 branches.append(node.lineno)
     return [*sorted(branches), *sorted(kept)]
+
+
+def kept_between_calls(source: str) -> list[tuple[str, int]]:
+    """Return the attributes of `self` that a forward assigns, each with its line.
+
+    A source that does not parse has none.
+    """
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return []
+    return [found for steps in _steps(tree) for m in steps for found in _remembered(m)]
+
+
+def _steps(tree: ast.Module) -> Iterator[list[ast.FunctionDef]]:
+    """The methods of each class that run with each call."""
+    for cls in (n for n in tree.body if isinstance(n, ast.ClassDef)):
+        yield [
+            m
+            for m in cls.body
+            if isinstance(m, ast.FunctionDef) and m.name not in ("__init__", "load_weights")
+        ]
 
 
 def _remembered(method: ast.FunctionDef) -> Iterator[tuple[str, int]]:

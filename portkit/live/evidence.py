@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from portkit.checks.results import source_hash
+from portkit.live.coverage_problems import coverage_problems
 from portkit.live.fused import disputed
-from portkit.live.loads import coverage_problems
 
 if TYPE_CHECKING:
     from portkit.checks.base import CheckContext
@@ -92,9 +92,7 @@ def loads_by_name(source: str) -> bool:
 def loads_whole(context: CheckContext) -> bool:
     """Whether the port's own load_weights takes every tensor whole and fills every parameter."""
     found = context.live.run("coverage", progress=context.progress)
-    return found.ok and not (
-        found.value["whole"]["error"] or coverage_problems(found.value, context.port.source)
-    )
+    return found.ok and not (found.value["whole"]["error"] or coverage_problems(found.value))
 
 
 def run_with_a_loader(

@@ -174,6 +174,7 @@ def prefix_problems(layout: dict[str, Any], tensors: Collection[str]) -> list[Pr
     """
     problems: dict[tuple[str, str], Problem] = {}
     rows = [row for row in layout["modules"] if row["kind"] in VLLM_KINDS]
+    lines = {row["path"]: row["line"] for row in layout["modules"]}
     for row in rows:
         path = row["path"]
         if row["kind"] == "embedding" and not row["prefix"]:
@@ -185,17 +186,18 @@ def prefix_problems(layout: dict[str, Any], tensors: Collection[str]) -> list[Pr
         if row["quant"] is None and _never_quantised(row):
             continue
         if row["prefix"] != path and row["kind"] != "head":
+            wrong = _misnamed(path, row["prefix"] or "")
             problems.setdefault(
                 (pattern(path), "prefix"),
                 Problem(
                     path,
-                    row["line"],
+                    lines.get(wrong) or row["line"],
                     f"{path} was given the prefix {row['prefix']!r}"
                     if row["prefix"]
                     else f"{path} was given no prefix",
-                    f'Pass prefix=f"{{prefix}}.{path.rpartition(".")[2]}" where it is made: a '
-                    f"quantised "
-                    "checkpoint names layers by their path.",
+                    f'Pass prefix=f"{{prefix}}.{wrong.rpartition(".")[2]}" where '
+                    f"{'it' if wrong == path else wrong} is made: a quantised checkpoint names "
+                    "layers by their path.",
                 ),
             )
         elif row["kind"] == "head" and row["prefix"] != path and not _is_tied(path, layout):
@@ -225,6 +227,14 @@ def prefix_problems(layout: dict[str, Any], tensors: Collection[str]) -> list[Pr
                 ),
             )
     return [*problems.values(), *_packed_problems(layout, rows, tensors)]
+
+
+def _misnamed(path: str, prefix: str) -> str:
+    """Return the module that was made with a wrong prefix: the layer, or what hands it one."""
+    names, given = path.split("."), prefix.split(".")
+    while len(names) > 1 and given and names[-1] == given[-1]:
+        names, given = names[:-1], given[:-1]
+    return path if names[-1].isdigit() else ".".join(names)
 
 
 def _never_quantised(row: Row) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from hashlib import sha256
 
 from portkit.analysis.facts import facts_of
-from portkit.checks.base import Check, CheckContext
+from portkit.checks.base import Check, CheckContext, place
 from portkit.checks.verdict import Table, Verdict
+from portkit.steps.copy.changes import first_change
 from portkit.steps.copy.draft import licence_of_original, original_of, unlicensed
 from portkit.steps.copy.licence import header_of, holders_of, licence_files, licence_of
 
@@ -210,12 +211,14 @@ class BitEqual(Check):
         bad = [row for row in found["rows"] if not row[2]]
         if bad:
             what, _, _, worst, position = bad[0]
+            changed = first_change(context.port)
             return self.failed(
                 f"{len(bad)} of {len(found['rows'])} outputs are not the original's. First: "
                 f"{what}, by up to {worst:.3g}"
-                + (f", from position {position} on." if position >= 0 else "."),
+                + (f", from position {position} on." if position >= 0 else ".")
+                + (f" {changed.what} is not the original's." if changed else ""),
                 table,
-                where=context.port.modeling.name,
+                where=place(context.port, changed.line if changed else 0),
                 job=job,
                 next="Compare the file with the original: `portkit draft copy` shows the "
                 "difference.",

@@ -19,6 +19,10 @@ NOT_DIVIDED = (
     "a size still counts all heads: divide num_heads and num_kv_heads by the TP size before q_size "
     "and kv_size are computed"
 )
+KV_COPIES = (
+    "there are fewer KV heads than ranks: each rank then keeps a copy of one of them, num_kv_heads "
+    "= max(1, total_num_kv_heads // tp_size), as QKVParallelLinear does"
+)
 SPLIT_ORDER = (
     "qkv is split in another order, or by other sizes, than [q_size, kv_size, kv_size] of this rank"
 )
@@ -100,6 +104,9 @@ class _Rehearsal(Check):
                 "Column before Row, "
                 "and input_is_parallel left at True",
             )
+            kv_heads = open_checkpoint(context.port.checkpoint).config.get("num_key_value_heads")
+            if isinstance(kv_heads, int) and kv_heads < self.ranks:
+                causes = (KV_COPIES, *causes)
             if job.status == "timeout":
                 causes = (
                     "a collective is called on some ranks only: the others wait for it for ever",

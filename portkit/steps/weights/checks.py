@@ -14,6 +14,7 @@ from portkit.checks.base import Check, CheckContext, place
 from portkit.checks.verdict import Table, Verdict
 from portkit.live import loads
 from portkit.live.checkpoint import open_checkpoint
+from portkit.live.coverage_problems import coverage_problems, coverage_table, left_out
 from portkit.live.evidence import gather
 from portkit.live.job import JobResult
 from portkit.live.layers import advice_on_start, pattern
@@ -45,7 +46,7 @@ class CoverageCheck(Check):
         if not job.ok:
             return self.failed_job(job, next=advice_on_start(job.what))
         found = job.value
-        table = loads.coverage_table(found["whole"])
+        table = coverage_table(found["whole"])
         checkpoint = open_checkpoint(context.port.checkpoint)
         if odd := odd_tensors(checkpoint):
             return self.failed(
@@ -58,7 +59,7 @@ class CoverageCheck(Check):
             )
         if found["whole"]["error"]:
             return self.raised(context, found, job)
-        problems = loads.coverage_problems(found, context.port.source)
+        problems = coverage_problems(found)
         if problems:
             first = problems[0]
             more = (
@@ -77,7 +78,7 @@ class CoverageCheck(Check):
             )
         whole = found["whole"]
         ranks = " on one rank and on each of two" if found["ranks"] else ""
-        left = loads.left_out(found)
+        left = left_out(found)
         return self.passed(
             f"All {len(whole['tensors']) - len(left)} tensors went somewhere, once and whole; all "
             f"{sum(f['required'] for f in whole['parameters'].values())} parameters were "

@@ -38,6 +38,8 @@ class Evidence:
         self.possible: list[str] = []
         self.call = ""
         """The attribute to be looked at, if it is not the module itself."""
+        self.blamed = ""
+        """The path of the module to be looked at, if it is another one than where it shows."""
         self.at_call = False
         """Whether the fault is in what is handed over and not in how the module is made."""
 

@@ -7,25 +7,17 @@ possible. Works from what the two models hold; knows no architecture by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from portkit.live.comparing import Evidence, rotate
+from portkit.live.activations import WithActivations
+from portkit.live.comparing import rotate
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": nn.functional.silu,
-    "gelu": nn.functional.gelu,
-    "gelu in its tanh form": lambda x: nn.functional.gelu(x, approximate="tanh"),
-    "quick gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": torch.relu,
-    "relu squared": lambda x: torch.relu(x) ** 2,
-    "no function": lambda x: x,
-}
 EXPERTS = (
     "The experts' weights stand in each other's places: ckpt_names gives gate, down and up, in "
     "this order.",
@@ -37,7 +29,7 @@ EXPERTS = (
 """What makes a block of experts wrong whose input is right."""
 
 
-class Diagnosis(Evidence):
+class Diagnosis(WithActivations):
     """Collects causes about one divergence."""
 
     def run(self) -> tuple[str, ...]:
@@ -86,9 +78,8 @@ class Diagnosis(Evidence):
             f"The port makes {what} and loads its weights, but its forward never calls it."
         )
         parent = at.path.rpartition(".")[0]
-        rows = len(self.theirs.values[at.path, "out"])
-        for (path, role), value in self.ours.values.items():
-            if role == "out" and path.rpartition(".")[0] == parent and len(value) == 2 * rows:
+        for path in self.ours.extra.get("called again", ()):
+            if path.rpartition(".")[0] == parent:
                 self.found.append(f"{path} is called twice instead.")
 
     def uncalled_around(self, path: str) -> str:
@@ -115,6 +106,13 @@ class Diagnosis(Evidence):
             )
             return
         used = self._rotary_positions()
+        table = getattr(rotary, "cos_sin_cache", None)
+        if used and table is not None and max(used) >= len(table):
+            self.found.append(
+                f"The rotary embedding's table has {len(table)} rows and is read at position "
+                f"{max(used)}, beyond its end: max_position= of get_rope is "
+                "config.max_position_embeddings."
+            )
         passed = self.ours.extra.get("positions", [])
         if used and passed and used != passed[: len(used)]:
             wrong = next(i for i, (a, b) in enumerate(zip(used, passed, strict=False)) if a != b)
@@ -247,43 +245,6 @@ class Diagnosis(Evidence):
             "than the original does: a norm, a residual, an activation or a scale in between."
         )
 
-    def _activation(self, parent: str, *, product: bool) -> None:
-        """Try the functions and the order of an activation on what its neighbours returned."""
-        branches = [
-            (path, self._get(path, "out"))
-            for path, role in self.theirs.values
-            if role == "out"
-            and path.rpartition(".")[0] == parent
-            and path != self.at.path
-            and getattr(self._original(path), "weight", None) is not None
-        ]
-        branches = [(p, t) for p, t in branches if t is not None and t.shape == self._ours().shape]
-        if not branches or (product and len(branches) > 2):
-            return
-        # A feed-forward without a gate has one branch, and nothing to multiply by.
-        product = product and len(branches) == 2
-        target = self.theirs.values[self.at.path, self.at.role]
-
-        def tried(name: str, which: int) -> torch.Tensor:
-            result = ACTIVATIONS[name](branches[which][1])
-            return result * branches[1 - which][1] if product else result
-
-        ways = [(n, w) for w in range(len(branches)) for n in ACTIVATIONS]
-        right = self._nearest({way: tried(*way) for way in ways}, target)
-        used = self._nearest({way: tried(*way) for way in ways}, self._ours())
-        if right is None or used is None or used == right:
-            return
-        if used[1] != right[1]:
-            self.found.append(
-                f"The activation is applied to {branches[used[1]][0].rpartition('.')[2]}, in "
-                f"the original to "
-                f"{branches[right[1]][0].rpartition('.')[2]}: the two are swapped."
-            )
-        if used[0] != right[0]:
-            self.found.append(
-                f"The activation is {used[0]}, the original's is {right[0]} (config.hidden_act)."
-            )
-
     def _output(self) -> None:
         path = self.at.path
         ours, theirs = self._ours(), self.theirs.values[path, "out"][: len(self._ours())]
@@ -293,6 +254,7 @@ class Diagnosis(Evidence):
             self._norm(module, original, ours, theirs)
         elif isinstance(original, nn.Embedding):
             self._scaled("The embedding")
+            self._tied(module)
             self.possible.append(
                 "The embedding's rows differ: was its weight loaded, and tied as the config says?"
             )
@@ -332,6 +294,19 @@ class Diagnosis(Evidence):
                 "All modules inside agree: what its forward does between them differs, a residual "
                 "added or left out, a multiplier, an order."
             )
+
+    def _tied(self, embedding: Any) -> None:
+        """Say so if the port's head is the embedding, and the original's is not."""
+        own = self.original.get_output_embeddings()
+        apart = own is not None and own.weight is not self.original.get_input_embeddings().weight
+        for path, module in self.port.named_modules():
+            tied = isinstance(module, ParallelLMHead) and module.weight is embedding.weight
+            if tied and apart:
+                self.blamed = path
+                self.found.append(
+                    f"The port ties {path} to the embedding, the original has weights of its own "
+                    "for it: loaded last, they stand in the embedding."
+                )
 
     def _norm(self, module: Any, original: Any, ours: torch.Tensor, theirs: torch.Tensor) -> None:
         eps = [

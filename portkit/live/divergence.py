@@ -128,7 +128,9 @@ def _where(port: nn.Module, original: nn.Module, found: Divergence, diagnosis: D
     if diagnosis.at.kind == "never called" and (whole := diagnosis.uncalled_around(found.path)):
         place = place_of(port, whole)
         return place.at_call if place is not None else ""
-    if diagnosis.call:
+    if diagnosis.blamed:
+        place = place_of(port, diagnosis.blamed)
+    elif diagnosis.call:
         place = place_of(port, f"{found.path}.{diagnosis.call}")
     elif found.kind == "logits":
         place = method_place(type(port), "compute_logits")

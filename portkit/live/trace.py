@@ -175,6 +175,7 @@ def trace_port(
             handle.remove()
     captures.values = {key: torch.cat(chunks) for key, chunks in parts.items() if chunks}
     captures.extra["positions"] = torch.cat(places.positions).tolist() if places.positions else []
+    captures.extra["called again"] = sorted(places.again)
     captures.extra["rotary misread"] = places.misread
     captures.extra["rotary positions"] = {
         path: torch.cat(chunks).tolist() for path, chunks in places.rotary.items()
@@ -215,6 +216,8 @@ class _Places:
         self.seen: set[Key] = set()
         """What this forward computed so far: of a module that layers share, the first call counts,
         as on Transformers' side."""
+        self.again: set[str] = set()
+        """Paths of modules that one forward called more than once."""
         self.positions: list[torch.Tensor] = []
         self.rotary: dict[str, list[torch.Tensor]] = {}
         self.misread = False
@@ -242,6 +245,8 @@ class _Places:
         """Whether this forward had not computed `key` yet."""
         known = key in self.seen
         self.seen.add(key)
+        if known and key[1] == "out":
+            self.again.add(key[0])
         return not known
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor | None:

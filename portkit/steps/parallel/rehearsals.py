@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from typing import Any, ClassVar
 
 from portkit.checks.base import Check, CheckContext, place
@@ -22,6 +23,10 @@ NOT_DIVIDED = (
 KV_COPIES = (
     "there are fewer KV heads than ranks: each rank then keeps a copy of one of them, num_kv_heads "
     "= max(1, total_num_kv_heads // tp_size), as QKVParallelLinear does"
+)
+LOGITS_BY_HAND = (
+    "compute_logits does without LogitsProcessor, which gathers the rows of the vocabulary that "
+    "the ranks hold and cuts the padding off"
 )
 SPLIT_ORDER = (
     "qkv is split in another order, or by other sizes, than [q_size, kv_size, kv_size] of this rank"
@@ -96,6 +101,7 @@ class _Rehearsal(Check):
 
     def _stopped(self, context: CheckContext, job: JobResult, layout: JobResult) -> Verdict:
         causes: tuple[str, ...] = ()
+        by_hand = 0
         if self.ranks > 1:
             causes = (
                 NOT_DIVIDED,
@@ -107,6 +113,9 @@ class _Rehearsal(Check):
             kv_heads = open_checkpoint(context.port.checkpoint).config.get("num_key_value_heads")
             if isinstance(kv_heads, int) and kv_heads < self.ranks:
                 causes = (KV_COPIES, *causes)
+            by_hand = _logits_by_hand(context.port.source)
+            if by_hand:
+                causes = (LOGITS_BY_HAND, *causes)
             if job.status == "timeout":
                 causes = (
                     "a collective is called on some ranks only: the others wait for it for ever",
@@ -116,7 +125,7 @@ class _Rehearsal(Check):
                 "a fused layer's parts are missing in packed_modules_mapping",
                 "a layer has another attribute name than in Transformers",
             )
-        where = job.where or context.port.modeling.name
+        where = job.where or place(context.port, by_hand)
         if "out of bounds" in job.what and not job.where:
             causes = (
                 "compute_logits returns the padded vocabulary: LogitsProcessor cuts the rows "
@@ -295,3 +304,17 @@ def _share_table(layout: dict[str, Any], ranks: int) -> Table:
         tuple(rows),
         "Whole sizes include the vocabulary's padding to a multiple of 64.",
     )
+
+
+def _logits_by_hand(source: str) -> int:
+    """Return the line of a compute_logits that calls no other module but the head; 0 if none."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and node.name == "compute_logits":
+            called = {
+                n.func.attr
+                for n in ast.walk(node)
+                if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
+            }
+            if not any("logits_processor" in name for name in called):
+                return node.lineno
+    return 0

@@ -28,6 +28,12 @@ from portkit.steps.weights.parity import (
 )
 from portkit.steps.weights.reload import Reload
 
+TWICE = (
+    "load_weights makes a dict of what it gets (dict(weights)): of two tensors of one name the "
+    "last one stays, and all of them stay in memory",
+)
+"""Why nobody notices a tensor that comes twice."""
+
 
 class CoverageCheck(Check):
     """Every tensor of the checkpoint goes somewhere, once and whole; every parameter is filled.
@@ -234,6 +240,7 @@ class BadCheckpoints(Check):
                 next="Leave the writing to each parameter's weight_loader, and return what "
                 "AutoWeightsLoader returns.",
                 causes=(
+                    *(TWICE if first["what"].endswith("comes twice") else ()),
                     "load_weights reshapes or slices tensors until they fit",
                     "load_weights returns the names of all parameters instead of those it loaded",
                 ),

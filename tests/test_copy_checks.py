@@ -100,7 +100,8 @@ def test_a_changed_computation_is_not_bit_equal(port: Port) -> None:
         port, "bit_equal", broken(port, "torch.rsqrt(variance", "torch.rsqrt(1e-6 + variance")
     )
     assert verdict.status == "failed"
-    assert "not the original's" in verdict.what
+    assert "HeliumRMSNorm.forward is not the original's" in verdict.what
+    assert "torch.rsqrt(1e-6 + variance" in verdict.where
     assert any(row[2] == "NO" for row in verdict.tables[0].rows)
 
 

@@ -100,6 +100,36 @@ SEEDS = {
         ("interface",),
         ("in forward", "Tensors are flat in vLLM", "num_kv_heads="),
     ),
+    "the MLP given another tensor": Seed(
+        "        hidden_states = self.mlp(hidden_states)\n",
+        "        hidden_states = self.mlp(residual)\n",
+        "prefill_parity",
+        STARTS,
+        ("the input of model.layers.0.mlp", ": hidden_states = self.mlp(residual)"),
+    ),
+    "the last layer left out": Seed(
+        "        for layer in self.layers:",
+        "        for layer in self.layers[:-1]:",
+        "prefill_parity",
+        STARTS,
+        ("makes model.layers.2 and loads", ": hidden_states = layer(positions, hidden_states)"),
+    ),
+    "kept between calls": Seed(
+        "        for layer in self.layers:",
+        "        self.seen = getattr(self, 'seen', hidden_states.mean(0))\n"
+        "        hidden_states = hidden_states + hidden_states.mean(0) - self.seen\n"
+        "        for layer in self.layers:",
+        "prefill_parity",
+        STARTS,
+        ("forward sets self.seen (line", ": hidden_states = layer(positions, hidden_states)"),
+    ),
+    "tied, although the head has weights of its own": Seed(
+        "        if config.tie_word_embeddings:",
+        "        if True:",
+        "prefill_parity",
+        STARTS,
+        ("The port ties lm_head to the embedding", "self.lm_head = nn.Linear("),
+    ),
     "attention scale": Seed(
         "self.head_dim**-0.5",
         "self.head_dim**-1.0",

@@ -122,8 +122,28 @@ SEEDS: dict[str, tuple[Edit, str, tuple[str, ...], tuple[str, ...]]] = {
             'HeliumMLP(config, quant_config, prefix="mlp")',
         ),
         "prefixes",
-        ("mlp.gate_up_proj was given the prefix 'mlp.gate_up_proj'",),
+        ("mlp.gate_up_proj was given the prefix 'mlp.gate_up_proj'", "self.mlp = HeliumMLP("),
         ("layer_classes",),
+    ),
+    "more ranks than KV heads refused": (
+        edit(
+            "        self.num_kv_heads = max(1, ",
+            '        assert total_num_kv_heads % tp_size == 0, "not divisible"\n'
+            "        self.num_kv_heads = max(1, ",
+        ),
+        "rehearsal_tp4",
+        ("not divisible", "fewer KV heads than ranks"),
+        (),
+    ),
+    "logits by hand": (
+        edit(
+            "return self.logits_processor(self.lm_head, hidden_states)",
+            "return torch.nn.functional.linear(hidden_states, self.lm_head.weight)[\n"
+            "            :, : self.config.vocab_size\n        ]",
+        ),
+        "rehearsal_tp2",
+        ("does without LogitsProcessor", "def compute_logits"),
+        (),
     ),
     "attention layers share a name": (
         edit('prefix=f"{prefix}.attn",', 'prefix="attn",'),

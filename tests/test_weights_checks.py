@@ -126,6 +126,24 @@ SEEDS: dict[str, tuple[Edit, str, tuple[str, ...], tuple[str, ...]]] = {
         ("mlp.down_proj", "NaN after load_weights"),
         (),
     ),
+    "the head filtered out": (
+        filtered('"lm_head" not in n'),
+        "coverage",
+        ("lm_head.weight went nowhere", "filter", "def load_weights"),
+        (),
+    ),
+    "a norm's weight sent to another norm": (
+        edit(
+            RETURN,
+            """        own, other = "layers.1.post_attention_layernorm", "layers.1.input_layernorm"
+        weights = ((name.replace(own, other), weight) for name, weight in weights)
+"""
+            + RETURN,
+        ),
+        "coverage",
+        ("its own went into model.layers.1.input_layernorm.weight", "def load_weights"),
+        (),
+    ),
     "v_proj mapped to the wrong layer's name": (
         edit('".v_proj": (".qkv_proj", "v"),', '".v_proj": (".qkv_proj", "k"),'),
         "coverage",

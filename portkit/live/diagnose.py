@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from portkit.live.activations import WithActivations
 from portkit.live.comparing import rotate
@@ -300,8 +299,8 @@ class Diagnosis(WithActivations):
         own = self.original.get_output_embeddings()
         apart = own is not None and own.weight is not self.original.get_input_embeddings().weight
         for path, module in self.port.named_modules():
-            tied = isinstance(module, ParallelLMHead) and module.weight is embedding.weight
-            if tied and apart:
+            tied = getattr(module, "weight", None) is embedding.weight
+            if tied and apart and module is not embedding:
                 self.blamed = path
                 self.found.append(
                     f"The port ties {path} to the embedding, the original has weights of its own "

@@ -14,7 +14,12 @@ from portkit.checks.base import Check, CheckContext, place
 from portkit.checks.verdict import Table, Verdict
 from portkit.live import loads
 from portkit.live.checkpoint import open_checkpoint
-from portkit.live.coverage_problems import coverage_problems, coverage_table, left_out
+from portkit.live.coverage_problems import (
+    UNFILLED,
+    coverage_problems,
+    coverage_table,
+    left_out,
+)
 from portkit.live.evidence import gather
 from portkit.live.job import JobResult
 from portkit.live.layers import advice_on_start, pattern
@@ -140,7 +145,7 @@ class PoisonedLoad(Check):
                 next="The checkpoint itself holds NaN there: is it damaged?"
                 if stored
                 else "Find why no tensor reaches it: `coverage` lists what went where.",
-                causes=(f"the tensors {sources} hold NaN",) if stored else loads.UNFILLED,
+                causes=(f"the tensors {sources} hold NaN",) if stored else UNFILLED,
             )
         if found.get("error"):
             error = found["error"]

@@ -100,6 +100,13 @@ SEEDS = {
         ("interface",),
         ("in forward", "Tensors are flat in vLLM", "num_kv_heads="),
     ),
+    "one norm in the place of two": Seed(
+        "        hidden_states = self.post_attention_layernorm(hidden_states)\n",
+        "        hidden_states = self.input_layernorm(hidden_states)\n",
+        "prefill_parity",
+        STARTS,
+        ("never calls it", "model.layers.0.input_layernorm is called twice instead"),
+    ),
     "the MLP given another tensor": Seed(
         "        hidden_states = self.mlp(hidden_states)\n",
         "        hidden_states = self.mlp(residual)\n",

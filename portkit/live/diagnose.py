@@ -86,7 +86,8 @@ class Diagnosis(WithActivations):
         parts = path.split(".")
         for depth in range(1, len(parts)):
             around = ".".join(parts[:depth])
-            if not any(f"{seen}.".startswith(f"{around}.") for seen, _ in self.ours.values):
+            called = any(f"{seen}.".startswith(f"{around}.") for seen, _ in self.ours.values)
+            if not called and self._module(around) is not None:
                 return around
         return ""
 

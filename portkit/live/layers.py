@@ -232,7 +232,7 @@ def prefix_problems(layout: dict[str, Any], tensors: Collection[str]) -> list[Pr
 def _misnamed(path: str, prefix: str) -> str:
     """Return the module that was made with a wrong prefix: the layer, or what hands it one."""
     names, given = path.split("."), prefix.split(".")
-    while len(given) > 1 and names[-1] == given[-1]:
+    while min(len(names), len(given)) > 1 and names[-1] == given[-1]:
         names, given = names[:-1], given[:-1]
     return path if names[-1].isdigit() else ".".join(names)
 

@@ -125,6 +125,12 @@ SEEDS: dict[str, tuple[Edit, str, tuple[str, ...], tuple[str, ...]]] = {
         ("mlp.gate_up_proj was given the prefix 'mlp.gate_up_proj'", "self.mlp = HeliumMLP("),
         ("layer_classes",),
     ),
+    "head_dim half as large": (
+        edit("self.head_dim = config.head_dim or ", "self.head_dim = config.head_dim // 2 or "),
+        "rehearsal_tp1",
+        ("does not fit", "the layer has 32 rows for it", "sizes given"),
+        (),
+    ),
     "more ranks than KV heads refused": (
         edit(
             "        self.num_kv_heads = max(1, ",

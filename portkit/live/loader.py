@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import ModelConfig
-from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
@@ -225,6 +225,20 @@ def _reorders(model: nn.Module, target: Target) -> nn.Module | None:
     return block if block is not model and hasattr(block, "load_weights") else None
 
 
+def _rows_of(model: nn.Module, target: Target) -> int:
+    """Return the rows that a fused linear has for a shard, on all ranks together; 0 if unknown."""
+    path, _, kind = target.parameter.rpartition(".")
+    module = model.get_submodule(path)
+    if kind not in ("weight", "bias"):
+        return 0
+    if isinstance(module, QKVParallelLinear) and target.shard in ("q", "k", "v"):
+        heads = module.total_num_heads if target.shard == "q" else module.total_num_kv_heads
+        return heads * (module.v_head_size if target.shard == "v" else module.head_size)
+    if isinstance(module, MergedColumnParallelLinear) and isinstance(target.shard, int):
+        return int(module.output_sizes[target.shard])
+    return 0
+
+
 def _write(
     model: nn.Module, parameter: torch.Tensor, tensor: torch.Tensor, name: str, target: Target
 ) -> None:
@@ -236,6 +250,9 @@ def _write(
         elif target.shard is None:
             weight_loader(parameter, tensor)
         else:
+            rows = _rows_of(model, target)
+            if rows and len(tensor) > rows:  # vLLM's loader would cut it, without a word
+                raise ValueError(f"the layer has {rows} rows for it")
             weight_loader(parameter, tensor, target.shard)
     except (AssertionError, RuntimeError, ValueError, IndexError) as error:
         raise PortkitError(

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from portkit.create import new_port
 from portkit.live.checkpoint import open_checkpoint
 from portkit.live.parity import compare
-from portkit.live.profile import CPU, Profile
+from portkit.live.profile import CPU, MOST, Profile
 from portkit.live.reference import Reference
 
 
@@ -28,6 +28,14 @@ def test_tolerance_follows_the_models_own_rounding(device: str) -> None:
         assert find(1.0).value < 1, "but nothing passes for equal that is not"
         assert find(math.inf) == usual, "not measured: as usual"
     assert profile.allowed(1e-7) == usual
+
+
+def test_only_a_chunked_scan_is_allowed_more_on_a_gpu() -> None:
+    profile = Profile.for_device("cuda")
+    noise = 2 * profile.logprobs.value / profile.seen
+    plain, scanned = profile.allowed(noise).value, profile.with_scan().allowed(noise).value
+    assert plain == pytest.approx(CPU.seen * noise), "others as on a CPU"
+    assert plain < scanned <= MOST
 
 
 @pytest.mark.vllm

@@ -37,6 +37,9 @@ from portkit.port import Port
 
 Prompt = Sequence[int] | torch.Tensor
 """Token ids, or embeddings of shape [n, hidden size] in the engine's dtype."""
+CHUNKED_SCAN = "mamba_chunk_scan_combined_varlen"
+"""vLLM's kernel for Mamba 2: see `Profile.scanned`."""
+
 POSITION_FIELDS = (
     *("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length"),
     *("model_max_length", "max_sequence_length", "max_seq_length", "seq_len"),
@@ -280,6 +283,8 @@ def start(
                 f"{cls.__module__}.{cls.__qualname__}",
                 "portkit compares causal models: use Attention where the original's is causal.",
             )
+        if any(engine.on_model(_scans_in_chunks)):
+            engine.profile = profile.with_scan()
         yield engine
     finally:
         llm.llm_engine.engine_core.shutdown()
@@ -364,3 +369,9 @@ def _room_for_the_stage_before(worker: Any) -> None:
 
 def _class_of(model: nn.Module) -> tuple[str, str]:
     return type(model).__module__, type(model).__qualname__
+
+
+def _scans_in_chunks(model: nn.Module) -> bool:
+    """Whether a layer's class, or one it inherits from, is written where the scan is imported."""
+    classes = {cls for module in model.modules() for cls in type(module).__mro__}
+    return any(hasattr(sys.modules.get(cls.__module__), CHUNKED_SCAN) for cls in classes)

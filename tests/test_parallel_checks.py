@@ -166,6 +166,15 @@ SEEDS: dict[str, tuple[Edit, str, tuple[str, ...], tuple[str, ...]]] = {
         ("self_attn.qkv_proj was given no quant_config", "silently"),
         ("layer_classes",),
     ),
+    "quant_config not passed to Attention": (
+        edit(
+            "            cache_config=cache_config,\n            quant_config=quant_config,\n",
+            "            cache_config=cache_config,\n",
+        ),
+        "prefixes",
+        ("self_attn.attn was given no quant_config", "KV cache"),
+        ("layer_classes", "quantised_run"),
+    ),
     "packed_modules_mapping missing": (
         edit("    packed_modules_mapping = {", "    other_mapping = {"),
         "prefixes",

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from seeds import Bench, Edit, edit, words
 
 from portkit.create import new_port
+from portkit.hints import for_failure
 from portkit.live.client import live_for
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
@@ -366,6 +367,7 @@ def test_each_fault_of_the_shards_has_its_own_message(bench: Bench, fault: str) 
     missing = [text for text in said if text not in words(verdict)]
     assert not missing, f"does not say {missing}: {words(verdict)}"
     assert bench.port.modeling.name not in verdict.where
+    assert "the checkpoint, not your code" in for_failure(verdict).nudge
 
 
 def swap(one: Path, other: Path) -> None:

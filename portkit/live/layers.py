@@ -213,7 +213,7 @@ def prefix_problems(layout: dict[str, Any], tensors: Collection[str]) -> list[Pr
         if (
             row["quant"] is None
             and not row["closed"]
-            and row["kind"] not in ("attention", "embedding", "gate")
+            and row["kind"] not in ("embedding", "gate")
             and not _is_tied(path, layout)
         ):
             problems.setdefault(
@@ -221,7 +221,12 @@ def prefix_problems(layout: dict[str, Any], tensors: Collection[str]) -> list[Pr
                 Problem(
                     path,
                     row["line"],
-                    f"{path} was given no quant_config: it would silently stay unquantised",
+                    f"{path} was given no quant_config: "
+                    + (
+                        "the scales of a quantised KV cache would find no place"
+                        if row["kind"] == "attention"
+                        else "it would silently stay unquantised"
+                    ),
                     "Pass quant_config=quant_config where it is made, and hand it down from "
                     "vllm_config.quant_config.",
                 ),

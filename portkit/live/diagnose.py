@@ -15,7 +15,9 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
 from portkit.live.activations import WithActivations
-from portkit.live.comparing import rotate
+from portkit.live.comparing import NEAR, rotate
+from portkit.live.inline_attention import WithInlineAttention, rotary_ways
+from portkit.live.sums import WithSums
 
 EXPERTS = (
     "The experts' weights stand in each other's places: ckpt_names gives gate, down and up, in "
@@ -28,7 +30,7 @@ EXPERTS = (
 """What makes a block of experts wrong whose input is right."""
 
 
-class Diagnosis(WithActivations):
+class Diagnosis(WithInlineAttention, WithActivations, WithSums):
     """Collects causes about one divergence."""
 
     def run(self) -> tuple[str, ...]:
@@ -152,45 +154,14 @@ class Diagnosis(WithActivations):
     def _try_rotary(
         self, rotary: RotaryEmbedding, given: torch.Tensor, target: torch.Tensor
     ) -> None:
-        config = self.original.config
-        rope = getattr(config, "rope_parameters", None) or {}
-        theta = rope.get("rope_theta") if isinstance(rope.get("rope_theta"), int | float) else None
-        part = rope.get("partial_rotary_factor")
-        dims = [rotary.rotary_dim, rotary.head_size]
-        dims += [int(rotary.head_size * part)] if isinstance(part, int | float) else []
-        styles = [rotary.is_neox_style, not rotary.is_neox_style]
-        bases = [float(rotary.base)] + ([float(theta)] if theta else [])
         positions = torch.tensor(self.ours.extra["positions"][: len(given)])
-        for base in dict.fromkeys(bases):
-            for dim in dict.fromkeys(dims):
-                for style in styles:
-                    changed = self._differences(rotary, base, dim, style)
-                    if changed and self._near(
-                        rotate(given, positions, rotary.head_size, dim, base, style), target
-                    ):
-                        self.found.append(
-                            "With " + " and ".join(changed) + " the numbers agree (tried on this "
-                            "prompt). Change that in get_rope(...)."
-                        )
-                        return
-
-    @staticmethod
-    def _differences(rotary: RotaryEmbedding, base: float, dim: int, style: bool) -> list[str]:
-        changed = []
-        if style != rotary.is_neox_style:
-            layout = "halves" if style else "interleaved pairs"
-            changed.append(f"is_neox_style={style} (the original rotates {layout})")
-        if base != rotary.base:
-            changed.append(
-                f"rope_theta {base:g} instead of {rotary.base:g} (pass "
-                f"rope_parameters=config.rope_parameters)"
-            )
-        if dim != rotary.rotary_dim:
-            changed.append(
-                f"{dim} instead of {rotary.rotary_dim} of a head's {rotary.head_size} values "
-                f"rotated"
-            )
-        return changed
+        for base, dim, style, changed in rotary_ways(rotary, self.original.config):
+            if self._near(rotate(given, positions, rotary.head_size, dim, base, style), target):
+                self.found.append(
+                    "With " + " and ".join(changed) + " the numbers agree (tried on this "
+                    "prompt). Change that in get_rope(...)."
+                )
+                return
 
     def _attention(self) -> None:
         attention = self._attention_module()
@@ -240,6 +211,8 @@ class Diagnosis(WithActivations):
         parent = self.at.path.rpartition(".")[0]
         self._activation(parent, product=True)
         self._scaled(f"the input of {name}")
+        self._inline_attention()
+        self._terms()
         self.possible.append(
             f"Everything computed before agrees, so the port's forward hands {name} another tensor "
             "than the original does: a norm, a residual, an activation or a scale in between."
@@ -261,6 +234,7 @@ class Diagnosis(WithActivations):
         elif wanted is not None:
             self._bias(module, original, ours, theirs)
             self._swapped(path, ours)
+            self._transposed(original, ours, theirs)
             if (
                 weight is not None
                 and weight.shape == wanted.shape
@@ -290,6 +264,7 @@ class Diagnosis(WithActivations):
                 self.call = "experts"
                 self.possible += EXPERTS
                 return
+            self._terms()
             self.possible.append(
                 "All modules inside agree: what its forward does between them differs, a residual "
                 "added or left out, a multiplier, an order."
@@ -340,6 +315,25 @@ class Diagnosis(WithActivations):
         elif len(difference) > 1 and self._near(difference, difference[:1].expand_as(difference)):
             self.found.append("The difference is the same for every token: a bias is wrong.")
 
+    def _transposed(self, original: Any, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        """Say so if a square weight stands transposed: its shape cannot tell."""
+        given = self._get(self.at.path, "in")
+        weight = original.weight.detach().float().cpu()
+        if given is None or weight.shape != (given.shape[1],) * 2:
+            return
+        before = self.theirs.values[self.at.path, "in"]
+
+        def gives(answer: torch.Tensor, states: torch.Tensor, way: torch.Tensor) -> bool:
+            off = answer - states[: len(answer)] @ way  # a bias is the same for every token
+            return bool((off - off[:1]).abs().max() <= NEAR * answer.abs().max())
+
+        for way in (weight, weight.t()):
+            if gives(ours, given, way) and not gives(theirs, before, way):
+                self.found.append(
+                    "Its square weight stands transposed: a Conv1D checkpoint stores [in, out], "
+                    "and each such weight is transposed while loading, square ones too."
+                )
+
     def _swapped(self, path: str, ours: torch.Tensor) -> None:
         parent, _, name = path.rpartition(".")
         for members in self.packed.values():
@@ -359,6 +353,13 @@ class Diagnosis(WithActivations):
             self.found.append(
                 f"The logits are the original's divided by {ratio:.6g}: a logit scale is left out "
                 "or applied twice (greedy tokens do not show it)."
+            )
+        head = self.original.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        if bias is not None and self._near(theirs - ours, bias.detach().float().cpu() + 0 * ours):
+            self.found.append(
+                "Exactly the head's bias is missing: ParallelLMHead(bias=True) only holds it; "
+                "self.logits_processor(self.lm_head, hidden_states, self.lm_head.bias) adds it."
             )
         cap = getattr(self.original.config, "final_logit_softcapping", None)
         if cap and self._near(cap * torch.tanh(ours / cap), theirs):

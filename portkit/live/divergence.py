@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -44,10 +45,10 @@ def first_divergence(
     fed = [*ids, *tokens[: max_tokens - 1]]
     theirs = trace_original(original, fed)
     tolerance = engine.profile.module.value
-    found = None
+    found, elsewhere = None, _residual_outside(engine.model, original)
     # A small fault may stay below the usual tolerance in one module and add up behind it.
     for share in (1.0, 0.2, 0.05):
-        steps, found = walk(ours, theirs, engine.model, tolerance * share)
+        steps, found = walk(ours, theirs, engine.model, tolerance * share, elsewhere)
         found = found or _head(engine, original, ours, theirs, tolerance * share)
         if found is not None:
             break
@@ -77,6 +78,21 @@ def first_divergence(
         "where": _where(engine.model, original, found, diagnosis),
         "steps": _table(steps),
         "walked": len(steps),
+    }
+
+
+def _residual_outside(port: nn.Module, original: nn.Module) -> set[str]:
+    """Return paths of blocks that add a residual in the original, and get none in the port.
+
+    There the layer around them adds it, and what they return differs rightly.
+    """
+    modules = dict(port.named_modules(remove_duplicate=False))
+    return {
+        path
+        for path, module in original.named_modules(remove_duplicate=False)
+        if path in modules
+        and "residual" in inspect.signature(module.forward).parameters
+        and "residual" not in inspect.signature(modules[path].forward).parameters
     }
 
 
@@ -142,7 +158,8 @@ def _where(port: nn.Module, original: nn.Module, found: Divergence, diagnosis: D
         place = place_of(port, found.path)
     if place is None:
         return ""
-    return place.at_call if diagnosis.at_call or found.role == "in" else str(place)
+    handed = found.role == "in" and not diagnosis.blamed
+    return place.at_call if diagnosis.at_call or handed else str(place)
 
 
 def _holds_modules(model: nn.Module, path: str) -> bool:

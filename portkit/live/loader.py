@@ -99,6 +99,11 @@ def find_target(model: nn.Module, parameters: dict[str, torch.Tensor], name: str
     return None
 
 
+def target_of(model: nn.Module, parameters: dict[str, torch.Tensor], name: str) -> Target | None:
+    """Return where a tensor belongs by its name, or by what the class's mapper makes of it."""
+    return find_target(model, parameters, name) or _renamed(model, parameters, name)
+
+
 def _renamed(model: nn.Module, parameters: dict[str, torch.Tensor], name: str) -> Target | None:
     """Return the parameter that the class's own WeightsMapper renames the tensor to."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
@@ -125,12 +130,7 @@ def load(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
     experts = ExpertNames(model)
     for name, tensor in read_tensors(checkpoint):
         own = experts.renamed(name)
-        target = (
-            find_target(model, parameters, name)
-            or find_target(model, parameters, own)
-            or _renamed(model, parameters, name)
-            or _renamed(model, parameters, own)
-        )
+        target = target_of(model, parameters, name) or target_of(model, parameters, own)
         place = None if target else _placed(experts, parameters, own, tensor, name)
         if target is None and place is None:
             if not name.endswith(DERIVED) and not _is_aliased_head(model, parameters, name):
@@ -139,7 +139,7 @@ def load(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
         target = target or Target(place.parameter, place.shard, place.shards)
         parameter = parameters[target.parameter]
         if place is None:
-            stored = tensor.t() if _is_transposed(model, name) else tensor
+            stored = tensor.t() if is_transposed(model, name) else tensor
             _write(model, parameter, stored, name, target)
         done = filled.setdefault(id(parameter), [])
         if target.shard in done:
@@ -157,11 +157,13 @@ def load(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
         if not done:
             unwritten[name] = tuple(parameter.shape)
         elif missing:
-            unwritten[f"{name} {missing}"] = tuple(parameter.shape)
+            more = ", …" if missing[4:] else ""
+            shards = ", ".join(map(str, missing[:4])) + more
+            unwritten[f"{name} [{shards}]"] = tuple(parameter.shape)
     return LoadReport(written, left_over, unwritten, tuple(twice))
 
 
-def _is_transposed(model: nn.Module, name: str) -> bool:
+def is_transposed(model: nn.Module, name: str) -> bool:
     """Does the class say that the checkpoint stores this linear's weight as [in, out]?"""
     *_, layer, kind = ("", *name.split("."))
     return kind == "weight" and layer in (getattr(model, "transposed_weights", None) or ())

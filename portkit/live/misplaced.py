@@ -14,7 +14,7 @@ from torch import nn
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from portkit.live.checkpoint import Checkpoint
-from portkit.live.loader import Target, find_target, loadable, read_tensors
+from portkit.live.loader import Target, is_transposed, loadable, read_tensors, target_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Misplaced:
 
     def __str__(self) -> str:
         place = self.parameter + (f" [{self.shard}]" if self.shard else "")
+        if self.held == self.wanted:
+            return f"{place} holds {self.wanted} as it is stored, not transposed"
         return f"{place} holds {self.held or 'other numbers'} in place of {self.wanted}"
 
 
@@ -38,10 +40,11 @@ def misplaced(model: nn.Module, checkpoint: Checkpoint, most: int = 6) -> list[M
     parameters = loadable(model)
     wrong: list[tuple[str, Target, torch.Tensor]] = []
     for name, tensor in read_tensors(checkpoint):
-        target = find_target(model, parameters, name)
+        target = target_of(model, parameters, name)
         if target is None:
             continue
-        stands = _standing(parameters[target.parameter], tensor, target)
+        stored = tensor.t() if is_transposed(model, name) else tensor
+        stands = _standing(parameters[target.parameter], stored, target)
         if stands is not None:
             wrong.append((name, target, stands))
         if len(wrong) == most:

@@ -100,10 +100,25 @@ def _pairs(theirs: Captures, traced: list[dict[str, Any]]) -> list[Pair]:
         if len(ours) < len(ranks):
             continue
         whole = value.numpy()[: len(ours[0])]
+        if role in ("v", "attn"):
+            options = theirs.extra.get(f"{path} attention", {})
+            heads = options.get("kv_heads" if role == "v" else "heads", 0)
+            ours = tuple(_without_padding(part, whole, heads, len(ranks)) for part in ours)
         same = all(o.shape[1] == whole.shape[1] for o in ours)
         if same or (role in HEADS and all(whole.shape[1] % o.shape[1] == 0 for o in ours)):
             pairs.append(Pair(path, role, whole, ours))
     return pairs
+
+
+def _without_padding(part: np.ndarray, whole: np.ndarray, heads: int, ranks: int) -> np.ndarray:
+    """Cut the zeros off that fill heads of values up to the size that queries have (walk.py)."""
+    mine = max(1, heads // ranks)
+    if not heads or part.shape[1] % mine or whole.shape[1] % heads:
+        return part
+    own, parts = whole.shape[1] // heads, part.reshape(len(part), mine, -1)
+    if own >= parts.shape[2] or parts[..., own:].any():
+        return part
+    return parts[..., :own].reshape(len(part), -1)
 
 
 def _is_partial(pair: Pair, original: nn.Module) -> bool:

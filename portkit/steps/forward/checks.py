@@ -20,6 +20,10 @@ SHAPES = (
     "and v (num_kv_heads=).",
 )
 """Why a forward stops."""
+ROUTING = (
+    "The routing asked of FusedMoE (scoring_func, renormalize, groups) is none that this kernel "
+    "has: is it the original's? Compare with its router: softmax or sigmoid, over which experts."
+)
 
 
 class Interface(Check):
@@ -137,7 +141,7 @@ class Starts(Parity):
                 next=error["next"],
                 log=error["log"],
                 job=job,
-                causes=SHAPES,
+                causes=((ROUTING,) if "rout" in error["what"] else ()) + SHAPES,
             )
         if not found["attention_layers"]:
             return self.failed(
@@ -191,11 +195,17 @@ class Starts(Parity):
                 )
                 if biases
                 else (
-                    "A module was renamed or left out.",
+                    f"The port has no {' or '.join(_modules(names))}: renamed, left out, or made "
+                    "only if a field of the config says so, and read by another name it does not.",
                     "A fused layer is missing in packed_modules_mapping.",
                 )
             ),
         )
+
+
+def _modules(names: list[str]) -> list[str]:
+    """Return the names of the modules that tensors belong to, two at most."""
+    return list(dict.fromkeys(name.split(".")[-2] for name in names if "." in name))[:2]
 
 
 class PrefillParity(Parity):

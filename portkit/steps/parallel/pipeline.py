@@ -20,6 +20,12 @@ CAUSES = (
     "what the stage before has computed (the residual, too) is not handed on",
 )
 
+NOT_HERE = (
+    "another stage has that module, this one a PPMissingLayer in its place. A head that is tied to "
+    "the embedding needs it on the last stage too: make it if get_pp_group().is_first_rank or "
+    "(config.tie_word_embeddings and get_pp_group().is_last_rank)"
+)
+
 
 class RehearsalPp2(Check):
     """Two pipeline stages, each with half of the layers, give Transformers' log-probabilities.
@@ -62,7 +68,7 @@ class RehearsalPp2(Check):
                 f"On two pipeline stages the port stopped: {job.what}",
                 where=job.where or self._place(port, job.log_tail),
                 next="One stage is right: compare what forward hands on with what it takes.",
-                causes=CAUSES,
+                causes=(NOT_HERE, *CAUSES) if "'PPMissingLayer' object" in job.what else CAUSES,
                 log=job.log_tail,
                 job=job,
             )

@@ -28,6 +28,11 @@ LOGITS_BY_HAND = (
     "compute_logits does without LogitsProcessor, which gathers the rows of the vocabulary that "
     "the ranks hold and cuts the padding off"
 )
+LOGITS_OF_A_RANK = (
+    "a rank's head has its rows of the vocabulary alone, weight and bias: what LogitsProcessor "
+    "returns is gathered, all of them. It adds the head's bias before that if it is handed over: "
+    "self.logits_processor(self.lm_head, hidden_states, self.lm_head.bias)"
+)
 SPLIT_ORDER = (
     "qkv is split in another order, or by other sizes, than [q_size, kv_size, kv_size] of this rank"
 )
@@ -116,6 +121,8 @@ class _Rehearsal(Check):
             by_hand = _logits_by_hand(context.port.source)
             if by_hand:
                 causes = (LOGITS_BY_HAND, *causes)
+            elif "in compute_logits" in job.where:
+                causes = (LOGITS_OF_A_RANK, *causes)
             if job.status == "timeout":
                 causes = (
                     "a collective is called on some ranks only: the others wait for it for ever",
@@ -164,7 +171,7 @@ class _Rehearsal(Check):
         if silent:
             what += f" {silent[0].path} makes no all-reduce: its partial sums stay on their rank."
             where = place(context.port, silent[0].line)
-            causes.append(NOT_REDUCED)
+            causes.insert(0, NOT_REDUCED)
             next = (
                 "Leave reduce_results at its default (True), or all-reduce the sum where the "
                 "branches meet."

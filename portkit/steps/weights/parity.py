@@ -63,7 +63,10 @@ class _Parity(Check):
         elif trace.get("what"):
             what += f" First diverging module: {trace['path']}: {trace['what']}."
         causes = [
-            *(f"swapped or sent to another name: {text}" for text, _ in misplaced[:1]),
+            *(
+                text if "transposed" in text else f"swapped or sent to another name: {text}"
+                for text, _ in misplaced[:1]
+            ),
             *trace.get("causes", ()),
             *(loads.MISPLACED if self.ranks == 1 else loads.MISPLACED_ON_RANKS),
         ]

@@ -13,6 +13,20 @@ from portkit.checks.results import versions
 LOCATED, EXPLAINED = 0.85, 0.70
 FEWEST_BUGS, FEWEST_PORTS = 60, 8
 
+FIRST_MET = (
+    "Checks are sharpened with these very bugs in view, so the shares below say what was worked "
+    "on. What a new bug meets, 70 of them show: those in Bloom, DeepSeek V2, Falcon, Gemma 3, "
+    "GPT-2, GPT-J, Llama, Mixtral, MPT, Nemotron, OLMoE, OPT and StableLM were written by another "
+    "hand that had read neither checks nor rules nor this page. On 2026-11-30, when the checks "
+    "first met them, 68 were caught (97 %), 66 located (94 %) and 56 explained (80 %), and the 13 "
+    "correct ports were silent. In 57 the first red check was of the step that the bug was filed "
+    "under; 11 were filed under another since, by this table's rule that a layer built wrongly "
+    "belongs to the step that builds it. Missed were `Attention` without `quant_config`, and "
+    "positions wrong for the last two tokens of the longest context.",
+    "The others, when the table was at 135 and before the last round of sharpening: all caught, "
+    "123 located, 126 explained.",
+)
+
 
 def bar(ports: Sequence[Ported], found: Mapping[str, Outcome]) -> list[tuple[str, str, bool]]:
     """Return (what is asked, what was measured, whether it is met)."""
@@ -51,8 +65,8 @@ def bar(ports: Sequence[Ported], found: Mapping[str, Outcome]) -> list[tuple[str
     ]
 
 
-def page(ports: Sequence[Ported], found: Mapping[str, Outcome]) -> str:
-    """Return the whole page as Markdown."""
+def page(ports: Sequence[Ported], found: Mapping[str, Outcome], note: str = "") -> str:
+    """Return the whole page as Markdown; `note` is said of when its rows were measured."""
     names = ", ".join(f"{name} {version}" for name, version in versions().items())
     lines = [
         "# Seeded bugs",
@@ -62,8 +76,9 @@ def page(ports: Sequence[Ported], found: Mapping[str, Outcome]) -> str:
         "checkpoint. `python benchmarks/seeded_bugs.py --write docs/seeded-bugs.md` makes this "
         "page; the bugs are in `benchmarks/bugs/`.",
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}; {names}.",
+        f"{datetime.now(UTC):%Y-%m-%d}{f' ({note})' if note else ''}; {names}.",
         "",
+        *(line for text in FIRST_MET for line in (text, "")),
         *_table(
             ("asked", "measured", "met"),
             [(what, how, "yes" if met else "**no**") for what, how, met in bar(ports, found)],

@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=HERE / ".seeded-bugs.jsonl")
     parser.add_argument("--root", type=Path, default=HERE / ".seeded-ports", help="ports go there")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the page")
+    parser.add_argument("--note", default="", help="what the page says of its rows' dates")
     args = parser.parse_args(argv)
 
     chosen = [p for p in table() if not args.ports or p.name in args.ports.split(",")]
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         if wanted or check_it:
             run(ported, wanted, bool(check_it), args)
     found = read(args.results)
-    text = page(table(), found)
+    text = page(table(), found, args.note)
     print(text)
     if args.write:
         args.write.write_text(text + "\n", encoding="utf-8")

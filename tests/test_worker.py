@@ -746,6 +746,12 @@ def test_a_kernel_that_this_build_lacks_is_no_mistake_of_the_port(
     assert ("on a GPU" in told["next"]) == file.startswith("vllm")
 
 
+def test_an_index_out_of_range_on_a_gpu_is_sent_to_where_its_line_is_named() -> None:
+    """CUDA says so after the call that asked, so no frame of the port is in the traceback."""
+    told = describe(RuntimeError("CUDA error: device-side assert triggered"), "/nowhere")
+    assert "out of range" in told["next"] and "PORTKIT_DEVICE=cpu" in told["next"]
+
+
 @pytest.mark.vllm
 def test_the_real_worker_starts_engines_and_survives_them(tmp_path_factory):
     root = tmp_path_factory.mktemp("port")

@@ -197,6 +197,12 @@ def _next(error: BaseException, where: str) -> str:
         or "OutOfMemory" in type(error).__name__
     ):
         return "Use smaller sizes: look at the shape that is allocated there."
+    if "device-side assert" in text:
+        return (
+            "An index was out of range on the GPU (a position, a token id, a row of a table), "
+            "which stops it later than the line that asked. On the CPU that line is named "
+            "(PORTKIT_DEVICE=cpu), or set CUDA_LAUNCH_BLOCKING=1 before the worker starts."
+        )
     if isinstance(error, EOFError) or type(error).__name__ == "BdbQuit":
         return (
             "Remove input() and breakpoint(): the worker has no keyboard. print() goes to the log."

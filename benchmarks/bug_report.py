@@ -49,12 +49,12 @@ def bar(ports: Sequence[Ported], found: Mapping[str, Outcome]) -> list[tuple[str
         ("first by a check of the right step", f"{right} of {len(bugs)}", right == len(bugs)),
         (
             f"at least {LOCATED:.0%} located in the right module",
-            f"{placed} of {len(bugs)} ({placed / count:.0%})",
+            f"{placed} of {len(bugs)} ({100 * placed // count}%)",
             placed >= LOCATED * len(bugs),
         ),
         (
             f"at least {EXPLAINED:.0%} with the true cause among the first three",
-            f"{said} of {len(bugs)} ({said / count:.0%})",
+            f"{said} of {len(bugs)} ({100 * said // count}%)",
             said >= EXPLAINED * len(bugs),
         ),
         (

@@ -257,6 +257,17 @@ SEEDS: dict[str, tuple[Edit, str, tuple[str, ...], tuple[str, ...]]] = {
         ("queries of rank 1 are not its heads'", "self_attn", "self.qkv_proj = QKVParallelLinear("),
         ("rehearsal_tp1",),
     ),
+    "one rank alone stops": (
+        edit(
+            "        attn_output = self.attn(q, k, v)",
+            "        if self.qkv_proj.tp_rank == 1:\n"
+            "            q = q.unflatten(-1, (7, -1))\n"
+            "        attn_output = self.attn(q, k, v)",
+        ),
+        "rehearsal_tp2",
+        ("RuntimeError", "(in rank 1)", "q = q.unflatten(-1, (7, -1))"),
+        ("rehearsal_tp1",),
+    ),
     "q_size counts all heads": (
         edit(
             "self.q_size = self.num_heads * self.head_dim",

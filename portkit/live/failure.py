@@ -25,6 +25,8 @@ _PORTKIT = Path(__file__).resolve().parent.parent
 _RANK_LINE = re.compile(
     r"\(Worker\S*_(?P<rank>(?:TP|PP)\d+)[^)]*\) [A-Z]+ \S+ \S+ \[[^]]+\] (?P<text>.*)"
 )
+_LEFT_ALONE = re.compile(r"[Cc]onnection (closed|reset|refused)|gloo|ncclRemoteError")
+"""What a rank says that waits for one which has left."""
 _KINDS = {"TP": "rank", "PP": "stage"}
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+),? in (?P<name>[^\n]+)')
 
@@ -100,16 +102,20 @@ def rank_failure(log: str, port_root: str) -> dict[str, str]:
     job's own process (v1/executor/multiproc_executor.py).
     """
     lines = [(m["rank"], m["text"]) for line in log.splitlines() if (m := _RANK_LINE.match(line))]
+    found: list[tuple[bool, dict[str, str]]] = []
     for number in range(len(lines) - 1, -1, -1):
         rank, text = lines[number]
         if not (frame := _FRAME.search(text)) or not _inside(frame["file"], port_root):
             continue
         ends = (t for r, t in lines[number + 1 :] if r == rank and t and not t.startswith(" "))
-        return {
-            "what": f"{next(ends, 'An exception')} (in {_KINDS[rank[:2]]} {rank[2:]})",
+        said = next(ends, "An exception")
+        words = {
+            "what": f"{said} (in {_KINDS[rank[:2]]} {rank[2:]})",
             "where": frame_in_log(text, port_root),
         }
-    return {}
+        found.append((bool(_LEFT_ALONE.search(said)), words))
+    # The last one, but that a rank lost another is no cause while there is one.
+    return min(found, key=lambda one: one[0], default=(False, {}))[1]
 
 
 def signal_name(number: int) -> str:

@@ -12,7 +12,11 @@ from portkit.live.log import last_lines
 if TYPE_CHECKING:
     from portkit.live.worker import Worker
 
-RANK_FAILED = ("Worker failed with error", "WorkerProc initialization failed")
+RANK_FAILED = (
+    "Worker failed with error",
+    "WorkerProc initialization failed",
+    "RuntimeError: cancelled",  # a rank has left: see ranks.py
+)
 """What vLLM's executor raises here when a rank raised; what that was is in the log."""
 
 

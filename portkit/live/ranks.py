@@ -8,12 +8,19 @@ long as no native thread has to survive it, which `forked_ranks` makes sure of.
 from __future__ import annotations
 
 import ctypes
+import logging
 import multiprocessing
+import os
 import re
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import cloudpickle
 
 from portkit.errors import PortkitError
 from portkit.live.device import find_device
@@ -48,12 +55,40 @@ def forked_ranks() -> Iterator[None]:
             "portkit.live.ranks",
             "Start the tensor-parallel engine in a job of its own, or first thing in it.",
         )
-    spawning = executor.get_mp_context
+    spawning, executing = executor.get_mp_context, executor.WorkerProc._execute_worker_rpc
     executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+    executor.WorkerProc._execute_worker_rpc = _leaving_on_errors(executing)
     try:
         yield
     finally:
         executor.get_mp_context = spawning
+        executor.WorkerProc._execute_worker_rpc = executing
+
+
+def _leaving_on_errors(executing: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    """Have a rank leave when it raises, as none hears of it: the others wait in a collective.
+
+    vLLM's executor listens to one rank alone, and logs what others raise.
+    """
+
+    def execute(rank: Any, request: tuple[str | bytes, Any, Any, int | None]) -> None:
+        method, args, kwargs, listened_to = request
+        if listened_to is None or rank.rank == listened_to:
+            return executing(rank, request)
+        function = (
+            getattr(rank.worker, method)
+            if isinstance(method, str)
+            else partial(cloudpickle.loads(method), rank.worker)
+        )
+        try:
+            function(*args, **kwargs)
+        except Exception:
+            logging.getLogger("vllm").exception("WorkerProc hit an exception.")
+            sys.stderr.flush()
+            os._exit(1)
+        return None
+
+    return execute
 
 
 def end_openmp_threads() -> None:

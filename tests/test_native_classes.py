@@ -93,7 +93,6 @@ def test_what_vllm_calls_may_be_inherited_from_vllm(file, architecture, tmp_path
     ("file", "architecture"),
     [
         ("nemotron_h", "NemotronHForCausalLM"),  # its convolution is in a ColumnParallelLinear
-        ("lfm2_moe", "Lfm2MoeForCausalLM"),  # which has another name here than in Transformers
         ("hrm_text", "HrmTextForCausalLM"),  # a cache for each pass through the same attention
         ("qwen2_moe", "Qwen2MoeForCausalLM"),  # shared_expert_gate has one row
         ("mamba", "MambaForCausalLM"),  # vLLM's MambaMixer can be given none
@@ -103,6 +102,20 @@ def test_layers_that_nothing_quantises_need_no_quant_config(file, architecture, 
     port = adopt(f"{MODELS}.{file}", architecture=architecture, root=tmp_path)
     found = verdict(port, "parallel", "prefixes")
     assert found.status == "passed", found.what
+
+
+@pytest.mark.vllm
+def test_an_attention_without_quant_config_is_a_finding(tmp_path):
+    """Lfm2Moe's, while its convolution, which has another name in Transformers, needs none."""
+    port = adopt(f"{MODELS}.lfm2_moe", architecture="Lfm2MoeForCausalLM", root=tmp_path)
+    found = verdict(port, "parallel", "prefixes")
+    assert "self_attn.attn was given no quant_config" in found.what and "more:" not in found.what
+    own = '            prefix=f"{prefix}.attn",'
+    assert port.source.count(own) == 1
+    port.modeling.write_text(
+        port.source.replace(own, f"            quant_config=quant_config,\n{own}")
+    )
+    assert verdict(port, "parallel", "prefixes").status == "passed"
 
 
 @pytest.mark.vllm

@@ -205,7 +205,9 @@ class Starts(Parity):
 
 def _modules(names: list[str]) -> list[str]:
     """Return the names of the modules that tensors belong to, two at most."""
-    return list(dict.fromkeys(name.split(".")[-2] for name in names if "." in name))[:2]
+    return (
+        list(dict.fromkeys(name.split(".")[-2] for name in names if "." in name))[:2] or names[:1]
+    )
 
 
 class PrefillParity(Parity):

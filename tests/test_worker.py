@@ -535,9 +535,14 @@ def test_an_interrupt_stops_the_job_and_passes_through(live: Live, root: Path):
         wait_for(lambda: pids_in(file))
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        call(live, "family", file=str(file))
+    # A shell has its background jobs ignore SIGINT, and Python then leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            call(live, "family", file=str(file))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not any(map(alive, pids_in(file)[:1]))
     assert wait_for(lambda: not any(map(alive, pids_in(file))))
     assert call(live, "add", a=1, b=1).ok

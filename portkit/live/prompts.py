@@ -17,8 +17,6 @@ from portkit.port import Port
 
 SHORT = 48
 """Tokens: short prompts fit one engine step (profile.py, max_num_batched_tokens)."""
-FURTHER = 4
-"""Tokens generated after the far prompt: with the last of them max_model_len is full."""
 CELLS = 4_000_000
 """Most log-probabilities (tokens x vocabulary) that one prompt may ask the engine for."""
 
@@ -34,9 +32,11 @@ class Prompts:
     long: tuple[int, ...]
     """Several chunks long."""
     far: tuple[int, ...]
-    """Reaches, with FURTHER tokens more, the last position that the engine ever computes."""
+    """Reaches, with `further` tokens more, the last position that the engine ever computes."""
     texts: tuple[str, ...]
     """The texts that short prompts were made of; empty if there was no tokenizer."""
+    further: int = 4
+    """Tokens generated after the far prompt: with the last of them max_model_len is full."""
 
 
 def prompts_for(port: Port, checkpoint: Checkpoint, *, longest: int) -> Prompts:
@@ -52,7 +52,7 @@ def prompts_for(port: Port, checkpoint: Checkpoint, *, longest: int) -> Prompts:
     room = max(8, min(longest - 16, CELLS // vocab))
     short = [tuple(ids[:SHORT]) for ids in _tokenized(checkpoint, texts) if len(ids) > 1]
     short += [random_ids(vocab, n, seed=n) for n in (2, 17, 41)]
-    far = max(8, longest - FURTHER)
+    far = max(8, longest - Prompts.further)
     return Prompts(
         short=tuple(short),
         ragged=tuple(random_ids(vocab, n, seed=100 + n) for n in (9, 3, 17, 1, 12, 5)),

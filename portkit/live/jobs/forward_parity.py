@@ -23,15 +23,7 @@ from portkit.live.ignored import ignored_by
 from portkit.live.job import JobRequest
 from portkit.live.locate import place_of
 from portkit.live.parity import Comparison, compare, compare_decode
-from portkit.live.prompts import (
-    CELLS,
-    FURTHER,
-    Prompts,
-    noise_prompt,
-    prompts_for,
-    random_ids,
-    texts_of,
-)
+from portkit.live.prompts import CELLS, Prompts, noise_prompt, prompts_for, random_ids, texts_of
 from portkit.live.reference import Reference
 from portkit.live.trace import BeforeForward
 from portkit.port import Port
@@ -254,13 +246,13 @@ class _Evidence:
         )
 
     def _far(self) -> dict[str, Any]:
-        ids = self.prompts.far
+        ids, further = self.prompts.far, self.prompts.further
         limit = self.usual.value  # angles round more, the further out
         whole = len(ids) * self.vocab <= CELLS
         with self.engine.recorded_schedule() as steps:
-            generated = self.engine.generate([ids], FURTHER, prompt_logprobs=whole)[0]
-        situation = _Situation([ids], 0, FURTHER, ids)
-        tokens, rows = self.reference.greedy(ids, FURTHER)
+            generated = self.engine.generate([ids], further, prompt_logprobs=whole)[0]
+        situation = _Situation([ids], 0, further, ids)
+        tokens, rows = self.reference.greedy(ids, further)
         cases = []
         if whole:
             cases.append((self._compare(ids, generated.rows, ids, limit=limit), situation))
@@ -280,7 +272,7 @@ class _Evidence:
         config = self.engine.checkpoint.config
         return {
             **self._judged(cases, steps),
-            "reached": len(ids) + FURTHER - 1,
+            "reached": len(ids) + further - 1,
             "max_model_len": self.longest,
             "max_position_embeddings": config.get("max_position_embeddings"),
             "sliding_window": config.get("sliding_window"),

@@ -149,9 +149,10 @@ class Evidence:
     def _rotary_positions(self) -> list[int]:
         return next(iter(self.ours.extra.get("rotary positions", {}).values()), [])
 
-    def _projection(self, role: str) -> str:
-        """Return the path of the original's projection (or norm) that made q or k."""
-        prefix = f"{self.at.path}."
+    def _projection(self, role: str, block: str = "") -> str:
+        """Return the path of the original's projection (or norm) that made q or k, in `block` or
+        where the divergence is."""
+        prefix = f"{block or self.at.path}."
         names = [p for p, r in self.theirs.values if r == "out" and p.startswith(prefix)]
         named = [p for p in names if p.removeprefix(prefix).startswith((f"{role}_", f"{role}."))]
         return named[-1] if named else ""

@@ -142,7 +142,7 @@ class WithInlineAttention(Evidence):
     def _rotations(
         self, ours: _Heads, rotary: RotaryEmbedding, parent: str
     ) -> Iterator[tuple[_Heads, str]]:
-        q, k = (self._projected(parent, role) for role in "qk")
+        q, k = (self._get(self._projection(role, parent), "out") for role in "qk")
         if q is None or k is None or q.shape != ours.q.shape or k.shape != ours.k.shape:
             return
         positions = torch.arange(len(q))
@@ -193,20 +193,6 @@ class WithInlineAttention(Evidence):
             if isinstance(module, RotaryEmbedding):
                 return f"{parent}.{name}", module
         return "", None
-
-    def _projected(self, parent: str, role: str) -> torch.Tensor | None:
-        """Return what the original's q or k projection in a block gives, of the port."""
-        name = next(
-            (
-                path
-                for path, kind in self.theirs.values
-                if kind == "out"
-                and path.rpartition(".")[0] == parent
-                and path.rpartition(".")[2].startswith((f"{role}_", f"{role}."))
-            ),
-            "",
-        )
-        return self._get(name, "out")
 
     def _as_it_is(self, attention: Attention, parent: str) -> _Heads | None:
         """Return the port's attention; None if this prompt was not computed in one piece."""

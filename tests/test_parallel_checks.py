@@ -409,6 +409,8 @@ HELIUM = {
         ({"mamba_n_groups": 1}, 4, ""),
         ({"mamba_n_groups": 2}, 2, ""),
         ({"mamba_n_groups": 2}, 4, "2 groups of its state-space layers"),
+        ({"linear_num_key_heads": 2}, 2, ""),
+        ({"linear_num_key_heads": 2}, 4, "2 heads of its linear attention"),
     ],
 )
 def test_rank_counts_that_cannot_work(changes: dict[str, int], ranks: int, why: str) -> None:

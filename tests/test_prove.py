@@ -258,6 +258,8 @@ RUN = {
     "compiled": ["HeliumModel"],
     "mode": "VLLM_COMPILE",
     "cudagraphs": "NONE",
+    "routed": False,
+    "kept": True,
     "scheduled": [709, 581],
     "rule": {"ok": True, "text": ""},
     "rows": [ROW],

@@ -50,6 +50,14 @@ _SIZES = (
     ("conv_kernel_size", "config.linear_conv_kernel_dim"),
 )
 
+_GUARDS = (
+    (
+        "config.linear_num_key_heads % get_tensor_model_parallel_world_size()",
+        "The heads of linear attention must be divisible by the tensor-parallel size",
+    ),
+)
+"""vLLM's layer takes more ranks than it has key heads, and stops in its first forward."""
+
 
 def read_delta_net(reader: Reader, view: ClassView) -> RecurrentFacts:
     """Facts of a gated delta net; the layout decides the layer."""
@@ -78,7 +86,7 @@ def read_delta_net(reader: Reader, view: ClassView) -> RecurrentFacts:
         why = f"{view.name} is no gated delta net of vLLM's kind: {why}"
     return RecurrentFacts(
         view.name, view.line, "delta_net", "" if why else layer, tuple(arguments), why=why,
-        sizes=_SIZES, stacked=stacked,
+        sizes=_SIZES, stacked=stacked, guards=() if why else _GUARDS,
         given_shards=("conv1d",) if layer == _SEPARATE else (),
         start="QwenGatedDeltaNetAttention (layers/mamba/gdn/qwen_gdn_linear_attn.py)",
     )  # fmt: skip

@@ -44,16 +44,15 @@ def by_hand(
     Keys: path (the original's), layer (the port's, "" if no layer under adapters holds it),
     difference (upper quartile over the tokens, relative to what should be added).
     """
+    own = {in_port(path, type(model)): len(b) for path, (_, b) in adapter.items()}
     holders = {}
     for layer in added:
         parent, _, attr = layer.rpartition(".")
-        names = packed.get(attr, [attr])
-        holders |= {
-            f"{parent}.{name}": (layer, part, len(names)) for part, name in enumerate(names)
-        }
+        names = [f"{parent}.{name}" for name in packed.get(attr, [attr])]
+        holders |= {name: (layer, part, names) for part, name in enumerate(names)}
     rows = []
     for path, (a, b) in adapter.items():
-        layer, part, count = holders.get(in_port(path, type(model)), ("", 0, 0))
+        layer, part, names = holders.get(in_port(path, type(model)), ("", 0, []))
         row = {"path": path, "layer": layer, "difference": float("inf")}
         rows.append(row)
         if not layer:
@@ -61,9 +60,9 @@ def by_hand(
         given, sums = added[layer]
         module: Any = model.get_submodule(layer)
         sizes = list(getattr(module.base_layer, "output_partition_sizes", ()))
-        if len(sizes) != count:
-            sizes = [sums.shape[1]] if count == 1 else []
-        if not sizes or sizes[part] != b.shape[0] or given.shape[1] != a.shape[1]:
+        if len(sizes) != len(names):  # a part may hold several of the layer's
+            sizes = [own.get(name, 0) for name in names]
+        if sum(sizes) != sums.shape[1] or sizes[part] != b.shape[0] or given.shape[1] != a.shape[1]:
             continue
         wanted = ALPHA / RANK * given @ a.T @ b.T
         row["difference"] = share_off(sums.split(sizes, dim=1)[part], wanted, 0.75)

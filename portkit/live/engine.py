@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,9 +29,10 @@ from portkit.errors import PortkitError
 from portkit.live import loader as portkit_loader
 from portkit.live.checkpoint import Checkpoint, open_checkpoint
 from portkit.live.device import find_device
+from portkit.live.float32_kernels import allow_float32
 from portkit.live.portmodule import port_class
 from portkit.live.profile import Profile
-from portkit.live.ranks import forked_ranks
+from portkit.live.ranks import forked_ranks, imports_without_cuda
 from portkit.live.reference import one_thread_if_small
 from portkit.port import Port
 
@@ -219,7 +220,9 @@ def start(
     port = Port(Path(root).resolve())
     opened = open_checkpoint(checkpoint or port.checkpoint)
     profile = Profile.for_device(find_device()[0])
-    cls = port_class(port)
+    alone = tensor_parallel_size * pipeline_parallel_size == 1
+    with nullcontext() if alone or profile.device == "cpu" else imports_without_cuda():
+        cls = port_class(port)
     architectures = opened.config["architectures"]
     if port.architecture not in architectures:
         raise PortkitError(
@@ -240,7 +243,6 @@ def start(
         "pipeline_parallel_size": pipeline_parallel_size,
         **llm_options,
     }
-    alone = tensor_parallel_size * pipeline_parallel_size == 1
     if not alone:
         # The switch of `embedding_inputs` reaches only a runner in this process.
         options["enable_prompt_embeds"] = False
@@ -252,6 +254,7 @@ def start(
     # The runner that takes inputs_embeds from any prompt; the newer one does not yet.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     expand_latents(port, opened.config, str(options["dtype"]))
+    options.update(allow_float32(profile.device, str(options["dtype"])))
     if profile.device == "cpu":
         one_thread_if_small(opened)  # vLLM fixes the number when its worker starts
     if options["enforce_eager"]:

@@ -32,6 +32,7 @@ def stacked_parts(model: Any) -> dict[str, list[str]]:
     parts: dict[str, list[tuple[Any, str]]] = {}
     for old, (new, shard) in (getattr(mapper, "orig_to_new_stacked", None) or {}).items():
         name = new.strip(".").rpartition(".")[2]
+        shard = min(shard) if isinstance(shard, tuple) else shard  # several shards in one tensor
         if isinstance(shard, int | str):
             part = (shard, old.strip(".").rpartition(".")[2])
             if part not in parts.setdefault(name, []):  # an MLP's, and those of shared experts

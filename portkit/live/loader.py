@@ -54,8 +54,9 @@ class Target:
     """Where a tensor goes."""
 
     parameter: str
-    shard: str | int | None
-    shards: tuple[str | int, ...]
+    shard: str | int | tuple[int, ...] | None
+    """The id that the parameter's weight_loader takes; several, if the tensor holds several."""
+    shards: tuple[str | int | tuple[int, ...], ...]
     """All the shards that fill the parameter; empty for a plain one."""
 
 
@@ -101,7 +102,10 @@ def find_target(model: nn.Module, parameters: dict[str, torch.Tensor], name: str
 
 def target_of(model: nn.Module, parameters: dict[str, torch.Tensor], name: str) -> Target | None:
     """Return where a tensor belongs by its name, or by what the class's mapper makes of it."""
-    return find_target(model, parameters, name) or _renamed(model, parameters, name)
+    renamed = _renamed(model, parameters, name)
+    if renamed is not None and any(isinstance(shard, tuple) for shard in renamed.shards):
+        return renamed  # packed_modules_mapping has no word for a tensor of several shards
+    return find_target(model, parameters, name) or renamed
 
 
 def _renamed(model: nn.Module, parameters: dict[str, torch.Tensor], name: str) -> Target | None:
@@ -110,7 +114,9 @@ def _renamed(model: nn.Module, parameters: dict[str, torch.Tensor], name: str) -
     found = mapper._map_name_with_shard(name) if mapper is not None else None
     if found is None or found[0] == name or found[0] not in parameters:
         return None
-    return Target(found[0], found[1], ())
+    stacked = (mapper.orig_to_new_stacked or {}).values()
+    ids = tuple(shard for new, shard in stacked if found[1] is not None and new in found[0])
+    return Target(found[0], found[1], ids)
 
 
 def load(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
@@ -122,7 +128,7 @@ def load(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
     parameters = loadable(model)
     # Quantising while loading puts other parameters in the place of those that are full.
     to_fill = list(model.named_parameters())
-    filled: dict[int, list[str | int | None]] = {}
+    filled: dict[int, list[str | int | tuple[int, ...] | None]] = {}
     targets: dict[int, Target] = {}
     written: dict[str, str] = {}
     left_over: dict[str, tuple[int, ...]] = {}

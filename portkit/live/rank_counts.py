@@ -1,9 +1,10 @@
 """Which numbers of tensor-parallel ranks a model allows, from its config alone, in words.
 
 What must divide: vLLM gives each rank whole query heads, whole KV heads (or a copy of one), equal
-slices of the MLP, whole groups of a Mamba 2 layer (or a copy of the only one), and equal parts of a
-vocabulary padded to a multiple of 64 (docs/contributing/model/basic.md, step 3; layers/linear.py;
-layers/mamba/mamba_mixer2.py; layers/vocab_parallel_embedding.py).
+slices of the MLP, whole groups of a Mamba 2 layer (or a copy of the only one), whole heads of a
+gated delta net, and equal parts of a vocabulary padded to a multiple of 64
+(docs/contributing/model/basic.md, step 3; layers/linear.py; layers/mamba/mamba_mixer2.py;
+layers/mamba/gdn; layers/vocab_parallel_embedding.py).
 Imports neither torch nor vLLM.
 """
 
@@ -15,6 +16,7 @@ HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num")
 INTERMEDIATE = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff")
 GROUPS = ("n_groups", "mamba_n_groups", "mamba_ngroups")
+LINEAR_HEADS = ("linear_num_key_heads", "linear_num_value_heads")
 PADDING = 64
 """DEFAULT_VOCAB_PADDING_SIZE of vLLM's vocab_parallel_embedding.py."""
 
@@ -47,6 +49,13 @@ def refusal(config: dict[str, Any], ranks: int) -> str:
             f"the {groups} groups of its state-space layers cannot be shared evenly by {ranks} "
             f"ranks, and only a single one is copied"
         )
+    for name in LINEAR_HEADS:
+        linear = config.get(name)
+        if isinstance(linear, int) and linear % ranks:
+            return (
+                f"the {linear} heads of its linear attention ({name}) cannot be shared evenly by "
+                f"{ranks} ranks"
+            )
     vocab = config.get("vocab_size")
     if isinstance(vocab, int):
         padded = -(-vocab // PADDING) * PADDING

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cloudpickle
 
@@ -63,6 +64,30 @@ def forked_ranks() -> Iterator[None]:
     finally:
         executor.get_mp_context = spawning
         executor.WorkerProc._execute_worker_rpc = executing
+
+
+@contextmanager
+def imports_without_cuda() -> Iterator[None]:
+    """Inside the block, who asks torch or Triton which GPU there is hears it from NVML.
+
+    vLLM's Triton kernels of linear attention ask while they are imported
+    (third_party/flash_linear_attention/ops/utils.py). That would initialise CUDA, and no rank can
+    be forked from a process that has.
+    """
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from vllm.platforms import current_platform
+
+    found = current_platform.get_device_capability()
+    target = GPUTarget("cuda", found.to_int(), 32)
+    name = current_platform.get_device_name()
+    with (
+        mock.patch.object(torch.cuda, "get_device_name", lambda *_: name),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda *_: tuple(found)),
+        mock.patch.object(driver.active, "get_current_target", lambda: target),
+    ):
+        yield
 
 
 def _leaving_on_errors(executing: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:

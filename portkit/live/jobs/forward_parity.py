@@ -19,6 +19,7 @@ import torch
 from portkit.live import engine as live_engine
 from portkit.live.engine import Engine, Generated, Prompt
 from portkit.live.failure import describe
+from portkit.live.float32_kernels import what_is_opened
 from portkit.live.ignored import ignored_by
 from portkit.live.job import JobRequest
 from portkit.live.locate import place_of
@@ -146,6 +147,7 @@ class _Evidence:
             "runner": type(engine.runner).__name__,
             "attention_layers": len(attentions),
             "attention_backend": _backend(attentions[0][1]) if attentions else "",
+            "opened": what_is_opened(engine.model, engine.profile.device),
             "block_size": config.cache_config.block_size,
             "blocks": config.cache_config.num_gpu_blocks,
             "max_model_len": self.longest,

@@ -2,11 +2,15 @@
 
 args: tensor_parallel_size, eager, dtype ("float32" or "auto"), rule (folder of vLLM's source, whose
 tests/models/utils.py has the rule), tokens (generated per prompt).
-value: compiled, mode, cudagraphs, dtype, scheduled [tokens computed the first time, and again],
-rule {"ok", "text"}, rows [{prompt, tokens, first_mismatch, max, mean, again, again_equal,
-floor_mean, asked}]: distances of log-probabilities to Transformers in float32; the floor is
-Transformers' own distance from that in the engine's precision (0 in float32), and the rule is asked
-for as many tokens as Transformers in that precision keeps it itself.
+value: compiled, mode, cudagraphs, dtype, routed, scheduled [tokens computed the first time, and
+again], kept (whether a prompt fills a block, so that a prefix can be cached), rule {"ok", "text"},
+rows [{prompt, tokens, first_mismatch, max, mean, again, again_equal, floor_mean, asked}]:
+distances of log-probabilities to Transformers in float32; the floor is Transformers' own distance
+from that in the engine's precision (0 in float32), and the rule is asked for as many tokens as
+Transformers in that precision keeps it itself.
+routed: in half precision, where routers choose experts: rounding gives a token here and there other
+ones, in the port and in Transformers, at tokens of their own. Then both are compared on the port's
+text, means are those of the token in the middle, and the rule is asked up to one that stands out.
 """
 
 from __future__ import annotations
@@ -22,11 +26,13 @@ import torch
 from portkit.live.checkpoint import open_checkpoint
 from portkit.live.engine import Engine, Generated
 from portkit.live.job import JobRequest
-from portkit.live.prompts import prompts_for
+from portkit.live.prompts import prompts_for, random_ids
+from portkit.live.quantised import is_stack
 from portkit.live.reference import Reference
 from portkit.live.rehearsal import rehearse
 from portkit.port import Port
 
+OUTLIER = 5.0
 TOP = 5
 """The k of vLLM's rule: its own model tests ask for five log-probabilities."""
 
@@ -59,23 +65,44 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     with rehearse(port.root, args["tensor_parallel_size"], loader="port", **options) as engine:
         found = prompts_for(port, checkpoint, longest=longest)
         prompts = [*found.short, found.long]
+        block = int(engine.llm.llm_engine.vllm_config.cache_config.block_size)
+        # Only whole blocks are kept, and those of a hybrid are as long as its state is large.
+        room = longest - args["tokens"]
+        if len(found.long) <= block < room:
+            prompts.append(random_ids(engine.vocab_size, min(2 * block - 1, room), seed=201))
         say("generating, and again with the prefixes cached")
         with engine.recorded_schedule() as first:
             once = engine.generate(prompts, args["tokens"])
         with engine.recorded_schedule() as second:
             again = engine.generate(prompts, args["tokens"])
-        value = {**_how(engine), "scheduled": [_total(first), _total(second)]}
+        value = {
+            **_how(engine),
+            "scheduled": [_total(first), _total(second)],
+            "kept": any(len(prompt) > block for prompt in prompts),
+        }
     say("Transformers on the same prompts")
     reference = Reference(port, checkpoint)
-    expected = [reference.greedy(p, args["tokens"]) for p in prompts]
-    itself = _in_its_precision(reference, value["dtype"], prompts, expected)
+    routed = value["routed"] = value["dtype"] != "float32" and any(
+        name.endswith(".experts") or is_stack(module)
+        for name, module in reference.model.named_modules()
+    )
+    if routed:
+        expected = [_on_its_text(reference, p, o) for p, o in zip(prompts, once, strict=True)]
+        texts = [o.tokens for o in once]
+    else:
+        expected = [reference.greedy(p, args["tokens"]) for p in prompts]
+        texts = [tokens for tokens, _ in expected]
+    itself = _in_its_precision(reference, value["dtype"], prompts, texts, expected)
     value["rows"] = [
         {
-            **_row(p, e, o, a, np.abs(own - e[1])),
+            **_row(p, e, o, a, np.abs(own - e[1]), routed),
             "asked": _keeps_the_rule(e[1], own),
         }
         for p, e, o, a, own in zip(prompts, expected, once, again, itself, strict=True)
     ]
+    if routed:
+        for row, at in zip(value["rows"], _stands_out(once, expected), strict=True):
+            row["asked"] = min(row["asked"], at)
     asked = [row["asked"] for row in value["rows"]]
     value["rule"] = _by_vllm_rule(Path(args["rule"]), expected, once, asked)
     return value
@@ -112,33 +139,53 @@ def _row(
     once: Generated,
     again: Generated,
     floor: np.ndarray,
+    routed: bool,
 ) -> dict[str, Any]:
     tokens, rows = expected
     mismatch = next(
         (i for i, (a, b) in enumerate(zip(tokens, once.tokens, strict=True)) if a != b), None
     )
     # Behind a first other token the two sides are asked different questions.
-    until = len(tokens) if mismatch is None else mismatch + 1
+    until = len(tokens) if mismatch is None or routed else mismatch + 1
     gap = np.abs(once.logprobs[:until] - rows[:until])
+    middle = np.median if routed else np.mean
     return {
         "prompt": len(prompt),
         "tokens": len(tokens),
         "first_mismatch": mismatch,
         "max": float(gap.max()),
-        "mean": float(gap.mean()),
-        "floor_mean": float(floor[:until].mean()),
+        "mean": float(middle(gap.mean(1))),
+        "floor_mean": float(middle(floor[:until].mean(1))),
         "again": float(np.abs(once.logprobs[:until] - again.logprobs[:until]).max()),
         "again_equal": once.tokens == again.tokens,
     }
+
+
+def _on_its_text(
+    reference: Reference, prompt: Sequence[int], found: Generated
+) -> tuple[tuple[int, ...], np.ndarray]:
+    """Return Transformers' first choices, and distributions, along the text that the port wrote."""
+    rows = reference.logprobs([*prompt, *found.tokens[:-1]])[len(prompt) - 1 :]
+    return tuple(int(token) for token in rows.argmax(1)), rows
+
+
+def _stands_out(
+    found: Sequence[Generated], expected: Sequence[tuple[tuple[int, ...], np.ndarray]]
+) -> list[int]:
+    """Return per prompt the first token whose distance is OUTLIER times that of the middle one."""
+    gaps = [np.abs(g.logprobs - rows).max(1) for g, (_, rows) in zip(found, expected, strict=True)]
+    limit = OUTLIER * np.median(np.concatenate(gaps))
+    return [int(np.argmax([*(gap > limit), True])) for gap in gaps]
 
 
 def _in_its_precision(
     reference: Reference,
     dtype: str,
     prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
     expected: Sequence[tuple[tuple[int, ...], np.ndarray]],
 ) -> list[np.ndarray]:
-    """Return, per prompt, Transformers' log-probabilities in `dtype` for float32's tokens."""
+    """Return, per prompt, Transformers' log-probabilities in `dtype` along the texts."""
     if dtype == "float32":
         return [rows for _, rows in expected]
     model = reference.model_class.from_pretrained(
@@ -146,7 +193,7 @@ def _in_its_precision(
     ).eval()
     found = []
     with torch.inference_mode():
-        for prompt, (tokens, _) in zip(prompts, expected, strict=True):
+        for prompt, tokens in zip(prompts, texts, strict=True):
             ids = torch.tensor([[*prompt, *tokens[:-1]]])
             logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :].float()
             found.append(torch.log_softmax(logits, -1).numpy())

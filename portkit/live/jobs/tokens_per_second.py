@@ -2,7 +2,8 @@
 
 args: way ("port", "native", "transformers_backend", "transformers"), batches, tokens_in,
 tokens_out; repeats and seconds, of each batch and both at least; kv_cache_gib, the size of the KV
-cache on a GPU (default: the checks' own); turns, a folder, and ways, all that take turns.
+cache on a GPU (default: the checks' own); turns, a folder, and ways, all that take turns; dtype
+(default: bfloat16 on a GPU, float32 on a CPU).
 Each way runs in a process of its own, one after the other. With `turns` all are up at the same time
 and take turns, run by run, so that what the machine does meanwhile meets all alike; `repeats` runs.
 value: rows [{batch, rates, step_ms}], rates in generated tokens per second; how (dtype, eager,
@@ -45,7 +46,7 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     port = Port(Path(request.port_root))
     checkpoint = open_checkpoint(port.checkpoint)
     cuda = find_device()[0] == "cuda"
-    dtype = "bfloat16" if cuda else "float32"
+    dtype = args.get("dtype", "bfloat16" if cuda else "float32")
     say(f"starting: {args['way']}")
     if args["way"] == "transformers":
         generate, how = _transformers(port, checkpoint, dtype, args)

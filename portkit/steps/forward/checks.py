@@ -114,12 +114,13 @@ class Starts(Parity):
             shapes = SHAPES if ", in forward:" in job.where else ()
             return replace(self.failed_job(job), causes=shapes)
         found = job.value["starts"]
+        backend = "; ".join(filter(None, (found["attention_backend"], found["opened"])))
         rows = (
             ("class", found["class"]),
             ("runner", found["runner"]),
             ("dtype", found["dtype"]),
             ("attention layers", found["attention_layers"]),
-            ("attention backend", found["attention_backend"]),
+            ("attention backend", backend),
             ("KV cache", f"{found['blocks']} blocks of {found['block_size']} tokens"),
             ("longest context", found["max_model_len"]),
             ("tensors loaded", len(found["load"].get("written", ()))),
@@ -164,7 +165,7 @@ class Starts(Parity):
         return self.passed(
             f"vLLM runs {found['class']} in its {found['runner']}, {found['attention_layers']} "
             f"attention layers on "
-            f"a paged KV cache ({found['attention_backend']})."
+            f"a paged KV cache ({backend})."
             f"{said_left_out(found['ignored'])}",
             table,
             job=job,

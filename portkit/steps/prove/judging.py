@@ -69,7 +69,7 @@ def judge(value: dict[str, Any]) -> Judgement:
             f"log-probabilities that differ by {again['again']:.1e}; {EXACT:.0e} is the bound.",
             CARRIED,
         )
-    if value["scheduled"][1] >= value["scheduled"][0]:
+    if value["kept"] and value["scheduled"][1] >= value["scheduled"][0]:
         return Judgement(table, "Prefix caching was on, but no cached token was used.")
     return Judgement(table)
 
@@ -98,7 +98,17 @@ def _table(value: dict[str, Any]) -> Table:
         f" In {value['dtype']} Transformers itself breaks vLLM's rule at token {r['asked']} after "
         f"the prompt of {r['prompt']} tokens: it is asked up to there."
         for r in short
+        if not value["routed"]
     )
+    if value["routed"]:
+        limits = (
+            " Rounding leads routers to other experts for a token here and there, on both sides: "
+            "means are those of the token in the middle, along the port's own text, and the rule "
+            f"is asked for {sum(r['asked'] for r in value['rows'])} of "
+            f"{sum(r['tokens'] for r in value['rows'])} tokens, up to one that stands out."
+        )
+    if not value["kept"]:
+        limits += " No prompt fills a block of the KV cache, so no prefix was cached."
     return Table(
         f"{value['dtype']}, {how(value)}: distance of log-probabilities to Transformers in float32",
         (

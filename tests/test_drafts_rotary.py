@@ -48,6 +48,32 @@ def test_a_table_of_sines_is_recognised_by_what_it_computes() -> None:
     assert rotary_table_of(other, other.classes["GPTJAttention"]) is None
 
 
+UNTIL_5_18 = """
+        inv_freq_expanded = (
+            self.inv_freq[None, :, None].expand(position_ids.shape[0], -1, 1).to(x.device)
+        )
+        position_ids_expanded = position_ids[:, None, :].float()
+        device_type = x.device.type if x.device.type != "mps" else "cpu"
+        with maybe_autocast(device_type=device_type, enabled=False):
+            freqs = (inv_freq_expanded @ position_ids_expanded).transpose(1, 2)
+            emb = torch.cat((freqs, freqs), dim=-1)
+            cos = emb.cos() * self.attention_scaling
+            sin = emb.sin() * self.attention_scaling
+"""
+
+
+def test_angles_inside_a_with_block() -> None:
+    """As Transformers wrote it until 5.18, and files of people's own still do."""
+    architecture, source = copied("llama")
+    start = source.index("        freqs = position_ids[..., None].float() * self.inv_freq")
+    end = source.index("        return cos.to(dtype=x.dtype)", start)
+    older = source[:start] + UNTIL_5_18.lstrip("\n") + "\n" + source[end:]
+    outcome = drafted(older, architecture, "forward")
+    assert outcome.status == "success", outcome.reason
+    ((_, text),) = outcome.files
+    assert "get_rope(" in text and "LlamaRotaryEmbedding" not in text
+
+
 def test_a_config_may_leave_the_rotation_out() -> None:
     """The attention decides by the condition under which the original makes its rotary class."""
     text = forward("granitemoehybrid")

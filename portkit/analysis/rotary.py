@@ -230,7 +230,8 @@ class _Frequencies(_Indices):
                 plain += [ast.Assign([t], ast.Name("a_scale"), lineno=t.lineno) for t in targets]
             else:
                 plain.append(node)
-        return super()._block(plain, {**values, "a_scale": _SCALE})
+        values["a_scale"] = _SCALE  # in place: a `with` block binds names for what comes after it
+        return super()._block(plain, values)
 
     def binary(self, node: ast.BinOp, left: Any, right: Any) -> Any:
         if isinstance(node.op, ast.Mult) and _SCALE in (left, right):

@@ -15,7 +15,6 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
 
 SKIPPED = {
     "rehearsal_tp4": "the 2 heads of its linear attention (linear_num_key_heads)",
-    "rehearsal_pp2": "a stage has recurrent layers alone",
     "lora": "experts beside adapters",
 }
 

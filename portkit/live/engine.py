@@ -23,6 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
+from vllm.v1.engine import core as engine_core
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from portkit.errors import PortkitError
@@ -260,7 +261,7 @@ def start(
     if options["enforce_eager"]:
         # vLLM's sampler compiles small functions of its own: 12 s the first time, for nothing here.
         torch.compiler.set_stance("force_eager")
-    with _dummy_runs_by_ids() if alone else forked_ranks():
+    with _dummy_runs_by_ids() if alone else forked_ranks(), _stages_agree():
         llm = LLM(str(opened.root), **options)
     engine = Engine(llm, port, opened, profile, cls, tensor_parallel_size)
     try:
@@ -359,6 +360,26 @@ def _dummy_runs_by_ids() -> Iterator[None]:
         yield
     finally:
         GPUModelRunner._dummy_run = dummy_run
+
+
+@contextmanager
+def _stages_agree() -> Iterator[None]:
+    """Inside the block stages settle for a layout of the KV cache that each of them can have.
+
+    vLLM wants their lists equal (resolve_kv_cache_layout). A stage of recurrent layers alone, as
+    models of three layers are cut into, could have any, and then no pipeline starts.
+    """
+    resolve = engine_core.resolve_kv_cache_layout
+
+    def agreed(config: Any, supported: list[list[str]], *args: Any) -> Any:
+        common = [name for name in supported[0] if all(name in names for names in supported)]
+        return resolve(config, [common] if common else supported, *args)
+
+    engine_core.resolve_kv_cache_layout = agreed
+    try:
+        yield
+    finally:
+        engine_core.resolve_kv_cache_layout = resolve
 
 
 def _room_for_the_stage_before(worker: Any) -> None:

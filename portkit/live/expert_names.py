@@ -31,8 +31,12 @@ class ExpertNames:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        kind = str(getattr(getattr(model, "config", None), "model_type", ""))
-        self.conversions: tuple[Conversion, ...] = conversions_of(kind) if kind else ()
+        config = getattr(model, "config", None)
+        # Transformers' table knows some models by their class, others by their type.
+        names = [type(model).__name__, *(getattr(config, "architectures", None) or ())]
+        names.append(str(getattr(config, "model_type", "")))
+        found = filter(None, map(conversions_of, names))
+        self.conversions: tuple[Conversion, ...] = next(found, ())
 
     def renamed(self, name: str) -> str:
         """The model's name of a checkpoint's tensor, stacking left aside."""

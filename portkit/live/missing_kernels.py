@@ -17,6 +17,8 @@ _TRITON = re.compile(r"module 'triton\S*' has no attribute '(?P<name>\w+)'")
 _LAUNCH = re.compile(r"(?P<name>\w+)\[[^]]*\]\(")
 _PRECISION = re.compile(r"expect \w+ to be (bfloat16|float16|half)|does not support float32")
 _CHECK = re.compile(r"cpu_\w+\.[ch]pp:\d+\] Check failed")
+EXPERTS = "MoE backend supports the deployment configuration"
+"""What vLLM says where it has no kernel for a rank's part of the experts."""
 _ON_CPU = re.compile(r"/ops/cpu/|/router/cpu_router\.py$")
 NEXT = "Nothing to mend here: run it where vLLM has this kernel, on a GPU."
 
@@ -40,6 +42,8 @@ def missing_kernel(error: BaseException) -> str:
         return f"The kernel {last.name} of vLLM's CPU build does not take this ({place})"
     if isinstance(error, RuntimeError) and _CHECK.search(text):
         return f"The kernel {last.name} of vLLM's CPU build does not take this ({place})"
+    if isinstance(error, NotImplementedError) and EXPERTS in text:
+        return f"This build of vLLM has no kernel for experts of this size ({place})"
     if isinstance(error, IndexError) and any(
         f.filename.endswith("/mamba/mamba_mixer.py") and "conv1d.weight" in (f.line or "")
         for f in frames

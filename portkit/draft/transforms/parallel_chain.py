@@ -1,10 +1,13 @@
 """Step parallel: linears that stand in a layer or in an uncommon feed-forward.
 
 Two linears with nothing but elementwise operations between them split over ranks exactly: the first
-by columns, the second by rows, with one sum behind it. Any other linear is whole on every rank.
+by columns, the second by rows, with one sum behind it. Of any other as wide as the model each rank
+computes its columns, which are gathered behind it; smaller ones are whole on every rank.
 """
 
 from __future__ import annotations
+
+import re
 
 import libcst as cst
 
@@ -13,6 +16,10 @@ from portkit.draft.work import Work, set_method
 
 _ACTIVATIONS = ("GELU", "ReLU", "SiLU", "Tanh", "Sigmoid", "Mish", "ReLU6", "Identity")
 _FUNCTIONS = ("gelu", "relu", "silu", "tanh", "sigmoid")
+_GATHERED = "ColumnParallelLinear, gathered"
+_WIDE = re.compile(
+    r"(self\.|config\.)+(hidden_size|intermediate_size|d_model|n_embd|ffn_dim|n_inner)"
+)
 _WHOLE = "PORT: whole on every rank; shard it (column, then row) to save memory."
 _MIXING = ("softmax", "mean", "sum(", "norm", "chunk", "split", "view", "dim", "matmul", "cat(")
 
@@ -30,6 +37,8 @@ def shard_chains(work: Work, cls: cst.ClassDef) -> tuple[cst.ClassDef, list[str]
     kinds = dict.fromkeys(linears, "ReplicatedLinear")
     for first, second in _pairs(work, cls, forward, set(linears)):
         kinds[first], kinds[second] = "ColumnParallelLinear", "RowParallelLinear"
+    for attr in _wide(init, [a for a, kind in kinds.items() if kind == "ReplicatedLinear"]):
+        kinds[attr] = _GATHERED
     body = edit.with_body(init, [_constructed(s, kinds) for s in edit.body_of(init)])
     cls = set_method(cls, body)
     for method in [m for m in edit.members(cls) if isinstance(m, cst.FunctionDef)]:
@@ -51,6 +60,18 @@ def _linears(init: cst.FunctionDef) -> list[str]:
     return list(dict.fromkeys(edit.code(n.targets[0].target).removeprefix("self.") for n in found))
 
 
+def _wide(init: cst.FunctionDef, attrs: list[str]) -> list[str]:
+    """Those of the attributes that give as many values as the model or its feed-forward is wide."""
+    return [
+        pair[0]
+        for node in edit.find(init, lambda n: isinstance(n, cst.SimpleStatementLine))
+        if (pair := edit.assigned_attribute(node)) is not None
+        and pair[0] in attrs
+        and edit.is_call(pair[1], "nn.Linear")
+        and _WIDE.fullmatch(edit.flat(edit.call_argument(pair[1], 1, "out_features")))
+    ]
+
+
 def _constructed(node: edit.Statement, kinds: dict[str, str]) -> edit.Statement:
     """nn.Linear(a, b, bias=c) -> the class of that attribute, with quant_config and prefix."""
 
@@ -62,7 +83,11 @@ def _constructed(node: edit.Statement, kinds: dict[str, str]) -> edit.Statement:
             return None
         attr, value = pair
         if edit.is_call(value, "nn.Linear"):
-            made = edit.statement(f"self.{attr} = {linear(value, kinds[attr], attr)}")
+            kind, _, gathered = kinds[attr].partition(", ")
+            extra = "    gather_output=True,\n" if gathered else ""
+            made = edit.statement(f"self.{attr} = {linear(value, kind, attr, extra)}")
+            if gathered:
+                made = edit.comment_before(made, "What follows needs all of it: gathered.")
             if kinds[attr] == "ReplicatedLinear":
                 made = edit.comment_before(made, _WHOLE)
             return made.with_changes(leading_lines=[*here.leading_lines, *made.leading_lines])

@@ -148,4 +148,4 @@ def _by_chains(work: Work, cls: cst.ClassDef, facts: MlpFacts) -> None:
         )
         work.did.append(f"{facts.cls}: {', '.join(whole)} -> ReplicatedLinear.")
     if len(whole) < len(every):
-        work.did.append(f"{facts.cls}: column- and row-parallel linears; one all-reduce.")
+        work.did.append(f"{facts.cls}: linears divided by columns and rows, or gathered behind it.")

@@ -13,6 +13,7 @@ from portkit.live import layers
 from portkit.live.checkpoint import open_checkpoint
 from portkit.live.evidence import gather, run_with_a_loader, works_with
 from portkit.live.job import JobResult
+from portkit.live.missing_kernels import NEXT
 from portkit.steps.parallel.lora import LoraAdapters
 from portkit.steps.parallel.pipeline import RehearsalPp2
 from portkit.steps.parallel.quantised import QuantisedRun
@@ -216,7 +217,9 @@ class ImpossibleRanks(Check):
         )
         for n, answer in ranks.items():
             error = answer["error"]
-            if not answer["config"] and not answer["vllm"] and error:
+            # Without a kernel for a rank's part of the experts here, there may be one elsewhere.
+            refused = error and error["next"] != NEXT
+            if not answer["config"] and not answer["vllm"] and refused:
                 return self.failed(
                     f"{n} ranks are possible by the config, but the port refuses them: "
                     f"{error['what']}",

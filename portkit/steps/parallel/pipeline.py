@@ -20,7 +20,6 @@ CAUSES = (
     "what the stage before has computed (the residual, too) is not handed on",
 )
 
-NO_ATTENTION = "Workers disagree on supported KV cache layouts"
 NOT_HERE = (
     "another stage has that module, this one a PPMissingLayer in its place. A head that is tied to "
     "the embedding needs it on the last stage too: make it if get_pp_group().is_first_rank or "
@@ -64,14 +63,6 @@ class RehearsalPp2(Check):
         job = run_with_a_loader(
             context, start, lambda found: sum(not c["ok"] for c in found["cases"])
         )
-        if not job.ok and NO_ATTENTION in job.what:
-            return self.skipped(
-                "vLLM starts no pipeline in which a stage has recurrent layers alone, as one of "
-                "these two has: its stages must agree on how the KV cache is laid out "
-                "(v1/attention/backends/utils.py, resolve_kv_cache_layout). A checkpoint with more "
-                "layers can be cut.",
-                job=job,
-            )
         if not job.ok:
             return self.failed(
                 f"On two pipeline stages the port stopped: {job.what}",

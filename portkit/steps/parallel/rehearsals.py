@@ -12,6 +12,7 @@ from portkit.live import rank_layout
 from portkit.live.checkpoint import open_checkpoint
 from portkit.live.evidence import gather, run_with_a_loader
 from portkit.live.job import JobResult
+from portkit.live.missing_kernels import EXPERTS, NEXT
 from portkit.live.rank_counts import possible, refusal
 
 STEP = "parallel"
@@ -70,6 +71,12 @@ class _Rehearsal(Check):
             )
 
         job = run_with_a_loader(context, start, wrong_cases)
+        if not job.ok and self.ranks > 1 and EXPERTS in job.what:
+            return self.skipped(
+                f"This build of vLLM has no kernel for what experts leave each of {self.ranks} "
+                f"ranks at this size. {NEXT}",
+                job=job,
+            )
         if not job.ok:
             return self._stopped(context, job, layout)
         found = job.value

@@ -131,6 +131,13 @@ class Diagnosis(WithInlineAttention, WithActivations, WithSums):
             )
         elif rotary is not None and given is not None and isinstance(rotary, RotaryEmbedding):
             self._try_rotary(rotary, given, target)
+        if not self.found and self._turned_otherwise(target):
+            self.found.append(
+                f"At position 0, which no rotation turns, {self.at.role} has the original's values "
+                "in another order; at later ones it has other values: other pairs of a head's "
+                "dimensions are turned together than in the original, halves or neighbours "
+                "(is_neox_style of get_rope)."
+            )
         self._scaled(f"{self.at.role} before the attention")
         other = self._matches()
         if other and not other.startswith(self._projection(self.at.role)):
@@ -150,6 +157,15 @@ class Diagnosis(WithInlineAttention, WithActivations, WithSums):
                 f"Something between the projection and the attention changes {self.at.role}: a "
                 "norm of queries and keys left out, a scale, or a split with other sizes."
             )
+
+    def _turned_otherwise(self, target: torch.Tensor) -> bool:
+        """Whether the first token has the original's values, in another order, and others not."""
+        ours = self._ours()
+        rows = min(len(ours), len(target))
+        if rows < 2 or ours.shape[1] != target.shape[1]:
+            return False
+        mine, theirs = (t[:rows].sort(1).values for t in (ours, target))
+        return self._near(mine[:1], theirs[:1]) and not self._near(mine[1:], theirs[1:])
 
     def _try_rotary(
         self, rotary: RotaryEmbedding, given: torch.Tensor, target: torch.Tensor

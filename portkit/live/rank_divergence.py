@@ -7,7 +7,7 @@ return), and what the attention gets and gives, head by head: rank r has its own
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from torch import nn
 
 from portkit.live.engine import Engine
-from portkit.live.rank_trace import places, start_tracing, stop_tracing
+from portkit.live.rank_trace import own_parameters, places, start_tracing, stop_tracing
 from portkit.live.trace import Captures, trace_original
 
 HEADS = ("q", "k", "v", "attn")
@@ -73,6 +73,11 @@ def first_on_ranks(engine: Engine, original: nn.Module, ids: Sequence[int]) -> d
     if found is None and partial_sum is None:
         return {}
     explained = _explained(*found, original) if found else None
+    if found and explained and not explained.certain:
+        held = engine.on_model(partial(own_parameters, path=found[0].path))
+        told, at = _own_values(found[0], held, original)
+        if told:
+            explained = replace(explained, causes=(*told, *explained.causes), at=at)
     if partial_sum and not (explained and explained.causes):
         found, explained = partial_sum, _unsummed(partial_sum[0].path)
     return {
@@ -90,6 +95,8 @@ class _Explained:
     causes: tuple[str, ...]
     at: str
     """The module whose line is to be looked at."""
+    certain: bool = False
+    """Whether a cause was found by its numbers."""
 
 
 def _pairs(theirs: Captures, traced: list[dict[str, Any]]) -> list[Pair]:
@@ -156,7 +163,7 @@ def _explained(pair: Pair, wrong: list[int], original: nn.Module) -> _Explained:
         )
     elif not causes and _near(difference, difference[:1].repeat(len(difference), 0)):
         causes.append("the difference is the same for every token: a bias is added wrongly")
-    return _Explained(f"its output differs on {which}", tuple(causes), at)
+    return _Explained(f"its output differs on {which}", tuple(causes), at, bool(causes))
 
 
 def _heads(pair: Pair, wrong: list[int], which: str, original: nn.Module) -> _Explained:
@@ -195,6 +202,32 @@ def _heads(pair: Pair, wrong: list[int], which: str, original: nn.Module) -> _Ex
     gather = "a norm over all heads (QK-norm) sees this rank's heads only: gather before it"
     causes = (cut, sizes, gather) if 0 not in wrong else (sizes, gather, cut)
     return _Explained(f"the {word} of {which} are not its heads'", causes, projection)
+
+
+def _own_values(
+    pair: Pair, held: Sequence[dict[str, np.ndarray]], original: nn.Module
+) -> tuple[tuple[str, ...], str]:
+    """Return (causes, path to look at) for what the module's own small parameters show: one that
+    a rank has of other heads, or that each rank adds whole."""
+    count = len(held)
+    whole = {n: p.detach() for n, p in original.get_submodule(pair.path).named_parameters()}
+    for name, own in held[0].items():
+        every, theirs = [values[name] for values in held], whole.get(name)
+        at = f"{pair.path}.{name.partition('.')[0]}"
+        if theirs is not None and own.ndim == theirs.ndim == 1 and len(theirs) == count * len(own):
+            parts = theirs.float().cpu().numpy().reshape(count, -1)
+            wrong = [rank for rank in range(count) if not _near(every[rank], parts[rank])]
+            if wrong:
+                return (
+                    f"{pair.path}.{name} on rank {wrong[0]} is not that of its own heads: its "
+                    "weight_loader starts at rank * heads of a rank",
+                ), at
+        if name.endswith("w2_bias") and all(values.any() for values in every):
+            return (
+                f"the bias of the experts' down projection ({name}) is added on every rank before "
+                "the ranks' outputs are summed: let one of them have it, the others zeros",
+            ), at
+    return (), pair.path
 
 
 def _proportional(ours: np.ndarray, wanted: np.ndarray) -> bool:

@@ -39,12 +39,27 @@ def stop_tracing(model: nn.Module) -> dict[str, Any]:
     return {"rank": get_tp_group().rank_in_group, "values": values}
 
 
+SMALL = 1 << 14
+"""Values of a parameter that is sent from a rank to be looked at."""
+
+
 def places(model: nn.Module, path: str) -> str:
     """Return the line that makes the module at `path`; of one with others inside, its answer's."""
     module = dict(model.named_modules()).get(path)
     if module is not None and any(True for _ in module.children()):
         return str(method_place(type(module), "forward") or "")
     return str(place_of(model, path) or "")
+
+
+def own_parameters(model: nn.Module, path: str) -> dict[str, Any]:
+    """Return the small parameters of the module at `path` and of what it holds, by name below it:
+    sinks, slopes, biases. float32 arrays."""
+    module = dict(model.named_modules()).get(path)
+    return {
+        name: parameter.detach().to("cpu", torch.float32, copy=True).numpy()
+        for name, parameter in (module.named_parameters() if module is not None else ())
+        if parameter.numel() <= SMALL
+    }
 
 
 def _keeper(path: str, kept: dict[tuple[str, str], torch.Tensor]) -> Any:

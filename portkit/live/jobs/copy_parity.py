@@ -86,11 +86,15 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _in_two(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
+    """Return the logits of the first half, and of the second from the first's cache."""
     half = len(ids) // 2
     first = model(torch.tensor([ids[:half]]), use_cache=True)
-    second = model(
-        torch.tensor([ids[half:]]), past_key_values=first.past_key_values, use_cache=True
-    )
+    if getattr(first, "cache_params", None) is not None:  # a state takes one token at a time
+        last = torch.tensor([ids[half : half + 1]])
+        second = model(last, cache_params=first.cache_params, use_cache=True)
+    else:
+        rest = torch.tensor([ids[half:]])
+        second = model(rest, past_key_values=first.past_key_values, use_cache=True)
     return torch.cat([first.logits, second.logits], dim=1)
 
 

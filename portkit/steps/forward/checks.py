@@ -11,19 +11,8 @@ from portkit.live.job import JobResult
 from portkit.live.loads import said_left_out
 from portkit.steps.forward.config_fields import ConfigFields
 from portkit.steps.forward.parity import STEP, Parity, evidence
+from portkit.steps.forward.stops import SHAPES, causes_of_stop
 from portkit.steps.forward.used_parameters import UsedParameters
-
-SHAPES = (
-    "Tensors are flat in vLLM: hidden_states is [tokens, hidden], without a batch dimension; views "
-    "and transposes for [batch, heads, tokens, ...] go.",
-    "If it stops inside Attention: the head counts and head size given to it must be those of q, k "
-    "and v (num_kv_heads=).",
-)
-"""Why a forward stops."""
-ROUTING = (
-    "The routing asked of FusedMoE (scoring_func, renormalize, groups) is none that this kernel "
-    "has: is it the original's? Compare with its router: softmax or sigmoid, over which experts."
-)
 
 
 class Interface(Check):
@@ -111,8 +100,9 @@ class Starts(Parity):
     def run(self, context: CheckContext) -> Verdict:
         job = evidence(context, afresh=True)
         if not job.ok:  # on a GPU vLLM runs forward while it starts, to see what memory it takes
+            causes, where = causes_of_stop(context.port, job.what, job.where)
             shapes = SHAPES if ", in forward:" in job.where else ()
-            return replace(self.failed_job(job), causes=shapes)
+            return replace(self.failed_job(job), where=where, causes=causes + shapes)
         found = job.value["starts"]
         backend = "; ".join(filter(None, (found["attention_backend"], found["opened"])))
         rows = (
@@ -135,14 +125,15 @@ class Starts(Parity):
             )
         if "error" in found:
             error = found["error"]
+            causes, where = causes_of_stop(context.port, error["what"], error["where"])
             return self.failed(
                 f"vLLM starts, but the port's forward stops: {error['what']}",
                 table,
-                where=error["where"],
+                where=where,
                 next=error["next"],
                 log=error["log"],
                 job=job,
-                causes=((ROUTING,) if "rout" in error["what"] else ()) + SHAPES,
+                causes=causes + SHAPES,
             )
         if not found["attention_layers"]:
             return self.failed(

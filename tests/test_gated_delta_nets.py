@@ -58,11 +58,42 @@ def test_users_run_vllms_own_kernel(port):
     assert "bfloat16" in found["speed"].tables[0].title
 
 
-def test_another_layout_of_the_projections_is_found(port):
+@pytest.mark.parametrize(
+    ("edits", "place", "cause"),
+    [
+        (
+            [("gqa_interleaved_layout=True", "# as Qwen3.5's")],
+            "self.linear_attn = QwenGatedDeltaNetAttention(",
+            "vLLM's own QwenGatedDeltaNetAttention",
+        ),
+        (
+            [
+                ("layernorm import GemmaRMSNorm", "layernorm import GemmaRMSNorm, RMSNorm"),
+                ("self.q_norm = GemmaRMSNorm(", "self.q_norm = RMSNorm("),
+            ],
+            "self.q_norm = RMSNorm(",
+            "multiplies by (1 + weight)",
+        ),
+        ([("torch.sigmoid(gate)", "F.silu(gate)")], "self.o_proj(", "by silu(gate) where"),
+        (
+            [(".unflatten(-1, (-1, self.head_dim * 2)).chunk(2, dim=-1)", ".chunk(2, dim=-1)")],
+            "self.q_norm(",
+            "other columns of model.layers.2.self_attn.q_proj",
+        ),
+    ],
+)
+def test_what_is_wrong_is_found_and_explained(port, edits, place, cause):
     before = port.source
     try:
-        port.modeling.write_text(before.replace("gqa_interleaved_layout=True", "# as Qwen3.5's"))
+        text = before
+        for old, new in edits:
+            assert old in text
+            text = text.replace(old, new)
+        if "head_dim * 2" in edits[0][0]:
+            text = text.replace("x.flatten(-2)\n", "x\n")
+        port.modeling.write_text(text)
         found = checked(port, "forward", "prefill_parity")["prefill_parity"]
-        assert found.status == "failed" and "linear_attn" in found.what, words(found)
+        assert found.status == "failed" and place in found.where, words(found)
+        assert cause in " ".join(found.causes), words(found)
     finally:
         port.modeling.write_text(before)

@@ -16,6 +16,7 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
 from portkit.live.activations import WithActivations
 from portkit.live.comparing import NEAR, rotate
+from portkit.live.gates import WithGates
 from portkit.live.inline_attention import WithInlineAttention, rotary_ways
 from portkit.live.sums import WithSums
 
@@ -30,7 +31,7 @@ EXPERTS = (
 """What makes a block of experts wrong whose input is right."""
 
 
-class Diagnosis(WithInlineAttention, WithActivations, WithSums):
+class Diagnosis(WithInlineAttention, WithActivations, WithGates, WithSums):
     """Collects causes about one divergence."""
 
     def run(self) -> tuple[str, ...]:
@@ -226,6 +227,8 @@ class Diagnosis(WithInlineAttention, WithActivations, WithSums):
         name = self.at.path.rpartition(".")[2]
         parent = self.at.path.rpartition(".")[0]
         self._activation(parent, product=True)
+        self._gate(parent)
+        self._other_columns(parent)
         self._scaled(f"the input of {name}")
         self._inline_attention()
         self._terms()
@@ -307,11 +310,14 @@ class Diagnosis(WithInlineAttention, WithActivations, WithSums):
         if None not in eps and eps[0] != eps[1]:
             self.found.append(f"Its eps is {eps[0]:g}, the original's is {eps[1]:g}.")
         weight = original.weight.detach().float().cpu()
-        if self._near(ours * weight, theirs):
+        rows, size = ours, len(weight)
+        if ours.shape[1] % size == 0:  # a norm of each head alone
+            rows, theirs = ours.reshape(-1, size), theirs.reshape(-1, size)
+        if self._near(rows * weight, theirs):
             self.found.append("The norm's weight is not applied.")
-        elif self._near(ours * (1 + weight) / weight, theirs):
+        elif self._near(rows * (1 + weight) / weight, theirs):
             self.found.append("The original multiplies by (1 + weight): use GemmaRMSNorm.")
-        elif self._near((ours - ours.mean(-1, keepdim=True)), theirs):
+        elif self._near((rows - rows.mean(-1, keepdim=True)), theirs):
             self.found.append("The original subtracts the mean: it is a LayerNorm.")
         self._matches("What it returns is")
         self.possible.append(

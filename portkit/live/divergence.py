@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -56,7 +57,19 @@ def first_divergence(
         return {"path": "", "what": "", "causes": [], "where": "", "steps": _table(steps)}
     found = _earlier(found, ours, theirs, engine.model, original)
     diagnosis = Diagnosis(found, ours, theirs, engine.model, original)
-    causes = diagnosis.run()
+    try:
+        causes = diagnosis.run()
+    except Exception:  # the place stands without what explains it
+        traceback.print_exc()
+        causes = ()
+    if block := _block_of_vllm(engine.model, found.path):
+        kind = type(engine.model.get_submodule(block)).__name__
+        causes = (
+            f"What {block} does inside is vLLM's own {kind}: what the port gives it differs from "
+            "the original's (its arguments in __init__, such as a layout or an activation; its "
+            "input), or load_weights puts its rows in another order.",
+            *causes,
+        )
     return {
         "path": found.path,
         "role": found.role,
@@ -156,10 +169,24 @@ def _where(port: nn.Module, original: nn.Module, found: Divergence, diagnosis: D
         place = call_of(port, found.path)
     else:
         place = place_of(port, found.path)
+    if block := _block_of_vllm(port, found.path):
+        return str(place_of(port, block) or "")
     if place is None:
         return ""
     handed = found.role == "in" and not diagnosis.blamed
     return place.at_call if diagnosis.at_call or handed else str(place)
+
+
+def _block_of_vllm(port: nn.Module, path: str) -> str:
+    """Return the outermost block of vLLM's own that makes the module at `path`; "" if none does."""
+    modules = dict(port.named_modules(remove_duplicate=False))
+    parts = path.split(".")
+    for depth in range(1, len(parts)):
+        around = modules.get(".".join(parts[:depth]))
+        inside = around is not None and not isinstance(around, nn.ModuleList)
+        if inside and type(around).__module__.startswith("vllm."):
+            return ".".join(parts[:depth])
+    return ""
 
 
 def _holds_modules(model: nn.Module, path: str) -> bool:

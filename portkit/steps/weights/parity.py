@@ -24,10 +24,9 @@ def line_of_loading(port: Port) -> str:
 
 def line_of_mapping(port: Port, tensor: str) -> str:
     """Return the place of the mapper's row for a tensor; of load_weights if there is none."""
-    own = {f".{part}" for part in tensor.split(".") if not part.isdigit()}
     for number, text in enumerate(port.source.splitlines(), 1):
-        row = re.match(r"""\s*["'](\.?\w+)["']:\s*\(?["']""", text)
-        if row and f".{row[1].strip('.')}" in own:
+        row = re.match(r"""\s*["']([\w.]+)["']:\s*\(?["']""", text)
+        if row and f".{row[1].strip('.')}." in f".{tensor}.":
             return place(port, number)
     return line_of_loading(port)
 

@@ -31,6 +31,21 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
             ("copy", "forward", "parallel"),
             ("rehearsal_tp4", "impossible_ranks"),
         ),
+        # A norm before the layers, too, is needed on the first stage.
+        ("NanoChatForCausalLM", ("copy", "forward", "parallel"), ("rehearsal_pp2",)),
+        # Names of linears inside modules, and of experts whose own load_weights is a step ahead.
+        ("MoshiForCausalLM", ("copy", "forward", "parallel"), ("rehearsal_tp1",)),
+        ("DbrxForCausalLM", ("copy", "forward", "parallel"), ("rehearsal_tp1",)),
+        # All heads on every rank, their weights divided.
+        (
+            "DiffLlamaForCausalLM",
+            ("copy", "forward", "parallel"),
+            ("layer_classes", "rehearsal_tp2"),
+        ),
+        # A buffer of a module without weights; a state for a cache; no cache at all.
+        ("FalconH1ForCausalLM", ("copy",), ("bit_equal",)),
+        ("Mamba2ForCausalLM", ("copy",), ("bit_equal",)),
+        ("OpenAIGPTLMHeadModel", ("copy",), ("bit_equal",)),
     ],
 )
 def test_a_draft_passes_each_step(

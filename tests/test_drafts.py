@@ -170,7 +170,7 @@ def test_gate_and_up_by_other_names_keep_their_order() -> None:
     assert '".w3": (".gate_up_proj", 1)' in source
 
 
-def test_an_unknown_feed_forward_is_replicated_with_a_note() -> None:
+def test_an_unknown_feed_forward_is_divided_and_gathered() -> None:
     architecture, source = copied("helium")
     source = source.replace(
         "self.act_fn(self.gate_proj(x)) * self.up", "self.act_fn(self.gate_proj(x)) + self.up"
@@ -178,9 +178,8 @@ def test_an_unknown_feed_forward_is_replicated_with_a_note() -> None:
     ((_, forward),) = drafted(source, architecture, "forward").files
     outcome = drafted(forward, architecture, "parallel")
     assert outcome.status == "success"
-    assert outcome.warnings
     text = outcome.files[0][1]
-    assert "# PORT:" in text
+    assert text.count("gather_output=True") == 3 and "RowParallelLinear" in text
     assert "self.act_fn(self.gate_proj(x)[0]) + self.up_proj(x)[0]" in text
 
 

@@ -17,7 +17,7 @@ WRITTEN = [
     ("cohere", "weights", '"head_copies": self.num_kv_head_copies'),
     ("diffllama", "forward", "value_states1 = value_states1.repeat(1, 2)"),
     ("diffllama", "forward", 'prefix=f"{prefix}.attn_2"'),
-    ("diffllama", "weights", "self.o_proj = ReplicatedLinear("),
+    ("diffllama", "weights", "self.o_proj = ColumnParallelLinear("),
     ("Qwen3_5ForCausalLM", "weights", "self.total_num_heads * 2,"),
     ("Qwen3_5ForCausalLM", "weights", "[2 * self.q_size, self.kv_size, self.kv_size]"),
     ("bitnet", "weights", "self.attn_sub_norm, attn_output, 1\n"),

@@ -9,7 +9,7 @@ WRITTEN = [
     ("modernbert-decoder", "forward", "return self.embeddings.tok_embeddings(input_ids)"),
     ("modernbert-decoder", "weights", "self.tok_embeddings = VocabParallelEmbedding("),
     ("modernbert-decoder", "weights", 'prefix=f"{prefix}.embeddings",'),
-    ("modernbert-decoder", "weights", "self.dense = ReplicatedLinear("),
+    ("modernbert-decoder", "weights", "self.dense = ColumnParallelLinear("),
     ("modernbert-decoder", "weights", 'prefix=maybe_prefix(prefix, "lm_head"),'),
     (
         "modernbert-decoder",

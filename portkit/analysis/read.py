@@ -339,6 +339,12 @@ def _recurrent(reader: Reader, views: list[ClassView]) -> tuple[RecurrentFacts, 
     return tuple(found.values())
 
 
+PARALLEL = {
+    *("QKVParallelLinear", "RowParallelLinear", "ColumnParallelLinear", "ReplicatedLinear"),
+}
+"""Linears of an attention after step parallel."""
+
+
 def _state(
     reader: Reader, lm: ClassView | None, model: ClassView | None, attention: ClassView | None
 ):
@@ -355,7 +361,7 @@ def _state(
             return "parallel"
         return "forward" if ported else "copy"
     called = {call_name(n) for n in ast.walk(attention.init)}
-    ours = {"QKVParallelLinear", "RowParallelLinear", "ReplicatedLinear"} & called
+    ours = PARALLEL & called
     if ours and "ParallelLMHead" in text(lm.node):
         return "parallel"
     return "forward" if "Attention" in called and ported else "copy"

@@ -186,7 +186,8 @@ def _time_limit(sizes: Sizes) -> tuple[list[tuple[str, str]], str]:
                     return [], ""
                 lower = re.fullmatch(r"\((config\.\w+), float\('inf'\)\)", limit)
                 if lower is not None and _decodes_unlimited(sizes):
-                    return [], (
+                    guard = f"{lower[1]} > 0.01", "MambaMixer2 does not limit time steps from below"
+                    return [guard], (
                         f"{sizes.view.name} limits time steps to at least {lower[1]} over prompts, "
                         "not while decoding; MambaMixer2 limits them nowhere."
                     )

@@ -7,6 +7,7 @@ live input does not depend on that.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -75,9 +76,26 @@ def rows_in_blocks(model: nn.Module) -> dict[str, int]:
     MambaMixer2 with fewer groups than ranks repeats groups in in_proj, which has more rows then
     than in the checkpoint; vLLM cuts an adapter's for ranks as if it did not.
     """
-    return {
-        path.rpartition(".")[2]: int(module.base_layer.output_size)
-        for path, module in model.named_modules()
-        if isinstance(module, BaseLinearLayerWithLoRA)
-        and type(model.get_submodule(path.rpartition(".")[0])).__module__.startswith("vllm.")
-    }
+    return {name: int(m.base_layer.output_size) for name, m in _in_blocks_of_vllm(model)}
+
+
+def halved_in_blocks(model: nn.Module) -> list[str]:
+    """Return names of linears in vLLM's own blocks whose adapters it cuts for ranks in two halves.
+
+    A MergedColumnParallelLinear that is one tensor of the checkpoint, gate and up for vLLM's LoRA
+    (lora/layers/column_parallel_linear.py, slice_lora_b); Qwen3-Next's in_proj_qkvz is no such.
+    """
+    return [
+        name
+        for name, module in _in_blocks_of_vllm(model)
+        if getattr(module, "is_merged_col_linear", False)
+        and len(module.base_layer.output_sizes) == 1
+    ]
+
+
+def _in_blocks_of_vllm(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for path, module in model.named_modules():
+        parent, _, name = path.rpartition(".")
+        around = type(model.get_submodule(parent)).__module__
+        if isinstance(module, BaseLinearLayerWithLoRA) and around.startswith("vllm."):
+            yield name, module

@@ -23,6 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.layers.mamba.gdn.base import GatedDeltaNetAttention
 from vllm.v1.engine import core as engine_core
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -396,6 +397,11 @@ def _class_of(model: nn.Module) -> tuple[str, str]:
 
 
 def _scans_in_chunks(model: nn.Module) -> bool:
-    """Whether a layer's class, or one it inherits from, is written where the scan is imported."""
+    """Whether a layer's class, or one it inherits from, is written where the scan is imported.
+
+    Gated delta nets take decays in a chunk as differences of running sums, too.
+    """
+    if any(isinstance(module, GatedDeltaNetAttention) for module in model.modules()):
+        return True
     classes = {cls for module in model.modules() for cls in type(module).__mro__}
     return any(hasattr(sys.modules.get(cls.__module__), CHUNKED_SCAN) for cls in classes)

@@ -60,7 +60,13 @@ class ExpertNames:
         runner = self._runner(path + inside.rstrip(".")) if inside else None
         if runner is None:
             return None
-        written = list(runner.load_weights([(rest, tensor)]))
+        written: list[str] = []
+        for own in dict.fromkeys((rest, rest.rpartition(".")[2])):  # a module between, of no use
+            try:
+                written = list(runner.load_weights([(own, tensor)]))
+            except KeyError:
+                continue
+            break
         if not written:
             return None
         parameter = f"{path}.experts.{written[0]}"

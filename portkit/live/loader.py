@@ -87,8 +87,11 @@ def find_target(model: nn.Module, parameters: dict[str, torch.Tensor], name: str
             if part not in members:
                 continue
             path = [*parts[:position], fused]
-            new = ".".join([*path, *parts[position + 1 :]])
-            if new not in parameters:
+            # A part may be a module around its linear in the original.
+            inside = (parts[position + 1 :], parts[-1:])
+            named = (".".join([*path, *rest]) for rest in inside)
+            new = next((name for name in named if name in parameters), "")
+            if not new:
                 continue
             if len(members) == 1:
                 return Target(new, None, ())

@@ -39,7 +39,7 @@ class Profile:
     seen: int = 5
     """By up to how many times a model's noise correct ports were seen to differ."""
     scanned: int = 5
-    """The same for models whose Mamba 2 layers call vLLM's chunked scan."""
+    """The same for models with gated delta nets, or whose Mamba 2 layers call the chunked scan."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of vllm.LLM."""
 

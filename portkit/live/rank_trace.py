@@ -46,7 +46,8 @@ SMALL = 1 << 14
 def places(model: nn.Module, path: str) -> str:
     """Return the line that makes the module at `path`; of one with others inside, its answer's."""
     module = dict(model.named_modules()).get(path)
-    if module is not None and any(True for _ in module.children()):
+    own = module is not None and not type(module).__module__.startswith("vllm.")
+    if own and any(True for _ in module.children()):
         return str(method_place(type(module), "forward") or "")
     return str(place_of(model, path) or "")
 

@@ -40,7 +40,7 @@ def pass_argument(node: edit.Statement, call: cst.Call, argument: str) -> edit.S
 
 
 def linear_statement(
-    node: edit.Statement, kind: str, sizes: str = "", attr: str = ""
+    node: edit.Statement, kind: str, sizes: str = "", attr: str = "", extra: str = ""
 ) -> edit.Statement:
     """nn.Linear(a, b, bias=c) -> kind(a, b, bias=c, quant_config=..., prefix=...)."""
     pair = edit.assigned_attribute(node)
@@ -51,12 +51,13 @@ def linear_statement(
     second = edit.call_argument(call, 1, "out_features")
     bias = edit.call_argument(call, 2, "bias")
     shown = "True" if bias is None else edit.flat(bias)
+    more = f"    {extra},\n" if extra else ""
     return edit.statement(f"""
 self.{name} = {kind}(
     {edit.flat(first)},
     {sizes or edit.flat(second)},
     bias={shown},
     quant_config=quant_config,
-    prefix=f"{{prefix}}.{name}",
+{more}    prefix=f"{{prefix}}.{name}",
 )
 """).with_changes(leading_lines=node.leading_lines)

@@ -61,14 +61,17 @@ def _linears(init: cst.FunctionDef) -> list[str]:
 
 
 def _wide(init: cst.FunctionDef, attrs: list[str]) -> list[str]:
-    """Those of the attributes that give as many values as the model or its feed-forward is wide."""
+    """Those of the attributes that take, and give, as many values as the model is wide or more."""
     return [
         pair[0]
         for node in edit.find(init, lambda n: isinstance(n, cst.SimpleStatementLine))
         if (pair := edit.assigned_attribute(node)) is not None
         and pair[0] in attrs
         and edit.is_call(pair[1], "nn.Linear")
-        and _WIDE.fullmatch(edit.flat(edit.call_argument(pair[1], 1, "out_features")))
+        and all(
+            _WIDE.fullmatch(edit.flat(edit.call_argument(pair[1], at, name)))
+            for at, name in enumerate(("in_features", "out_features"))
+        )
     ]
 
 

@@ -81,7 +81,7 @@ def port_causal_lm(work: Work) -> None:
     )
     del biased
     work.put(_mixins(work, cls))
-    lora = "no LoRA" if reorders(facts.attention) else "LoRA"
+    lora = "no LoRA" if _no_adapters(work) else "LoRA"
     work.did.append(
         f"{facts.causal_lm}: ParallelLMHead, LogitsProcessor, packed_modules_mapping, {lora}, "
         "pipeline stages."
@@ -196,11 +196,27 @@ def _logits(work: Work, cls: cst.ClassDef) -> tuple[list[edit.Statement], str, b
     )
 
 
+def _no_adapters(work: Work) -> list[str]:
+    """Why vLLM could not take the model's adapters, as lines of a comment; [] if it can."""
+    facts = work.facts
+    if reorders(facts.attention):
+        return [
+            f"No SupportsLoRA: {facts.attention.qkv.attr}'s rows are put in order while",
+            "they are loaded, and vLLM gives it an adapter's rows as they come.",
+        ]
+    if facts.head.attr != "lm_head" and "self.lm_head" in edit.code(work.cls(facts.causal_lm)):
+        return [
+            "No SupportsLoRA: vLLM takes what stands below an `lm_head` for the projection to the",
+            "vocabulary, which is another module here.",
+        ]
+    return []
+
+
 def _mixins(work: Work, cls: cst.ClassDef) -> cst.ClassDef:
     """Base classes and class attributes that LoRA, quantisation and pipelines read."""
     bases = [edit.code(b.value) for b in cls.bases]
-    reordered = reorders(work.facts.attention)
-    for mixin in ("SupportsPP",) if reordered else ("SupportsLoRA", "SupportsPP"):
+    why = _no_adapters(work)
+    for mixin in ("SupportsPP",) if why else ("SupportsLoRA", "SupportsPP"):
         if mixin not in bases:
             bases.append(mixin)
     cls = cls.with_changes(bases=[cst.Arg(edit.expression(b)) for b in bases])
@@ -215,11 +231,7 @@ def _mixins(work: Work, cls: cst.ClassDef) -> cst.ClassDef:
         notes = ["Which linears of the checkpoint each fused linear holds."]
         if any("packed_modules_mapping assumes" in warning for warning in work.warnings):
             notes.append("PORT: the usual names; compare with the checkpoint's.")
-        if reordered:
-            notes += [
-                f"No SupportsLoRA: {work.facts.attention.qkv.attr}'s rows are put in order while",
-                "they are loaded, and vLLM gives it an adapter's rows as they come.",
-            ]
+        notes += why
         attributes.append(edit.comment_before(made, *notes))
     if "embedding_modules" not in written:
         attributes.append(

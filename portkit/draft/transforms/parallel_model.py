@@ -91,7 +91,7 @@ def port_model(work: Work) -> None:
             body.append(_held_embedding(work, node))
         elif attr and attr == facts.embedding.attr:
             body.append(_first_stage(work, _embedding(work, node, pair[1]), attr))
-        elif attr and attr == facts.final_norm:
+        elif attr and attr == facts.final_norm and _calls(work, attr) == 1:
             body.append(only_on("get_pp_group().is_last_rank", node, attr))
         elif edit.find(node, lambda n: edit.is_call(n, "make_layers")):
             call = edit.find(node, lambda n: edit.is_call(n, facts.layer.cls))
@@ -167,6 +167,13 @@ def _held_embedding(work: Work, node: edit.Statement) -> edit.Statement:
         call = edit.assigned_attribute(node)[1]
         node = pass_argument(node, call, argument)
     return _first_stage(work, node, attr)
+
+
+def _calls(work: Work, attr: str) -> int:
+    """How often the model's forward calls a module: a norm before the layers, too, is needed on
+    the first stage."""
+    forward = edit.method(work.cls(work.facts.model), "forward")
+    return len(edit.find(forward, lambda n: edit.is_call(n, f"self.{attr}")))
 
 
 def _first_stage(work: Work, made: edit.Statement, attr: str) -> edit.Statement:

@@ -1,7 +1,8 @@
-"""Step parallel, attention: whole on every rank where its heads cannot be divided.
+"""Step parallel, attention: all heads on every rank where they cannot be divided.
 
 Heads that are added to, cut from or repeated over other heads belong on one rank. Dividing them
-well is a decision about that model; keeping them all is always right.
+well is a decision about that model; keeping them all is always right. The projections' weights are
+divided all the same: each rank computes its columns, and what they give is gathered.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def mixes_heads(facts: AttentionFacts, cls: cst.ClassDef) -> str:
 
 
 def port_whole_attention(work: Work, facts: AttentionFacts, why: str) -> None:
-    """Every linear of the class becomes a ReplicatedLinear; nothing is gathered or reduced."""
+    """Of every linear each rank computes its columns, which are gathered: all heads are there."""
     cls = work.cls(facts.cls)
     init, forward = edit.method(cls, "__init__"), edit.method(cls, "forward")
     linears: list[str] = []
@@ -51,7 +52,7 @@ def port_whole_attention(work: Work, facts: AttentionFacts, why: str) -> None:
     for node in edit.body_of(init):
         pair = edit.assigned_attribute(node)
         if pair and edit.is_call(pair[1], "nn.Linear"):
-            made = linear_statement(node, "ReplicatedLinear")
+            made = linear_statement(node, "ColumnParallelLinear", extra="gather_output=True")
             if not linears:
                 made = edit.comment_before(made, f"PORT: all heads on every rank: {why}.")
             linears.append(pair[0])
@@ -70,6 +71,8 @@ def port_whole_attention(work: Work, facts: AttentionFacts, why: str) -> None:
 
     work.put(set_method(set_method(cls, init), edit.replace(forward, output_only)))
     work.warnings.append(
-        f"{facts.cls} is whole on every rank, since {why}. Decide how to divide its heads."
+        f"{facts.cls} has all heads on every rank, since {why}. Decide how to divide its heads."
     )
-    work.did.append(f"{facts.cls}: linears -> ReplicatedLinear, all heads on every rank.")
+    work.did.append(
+        f"{facts.cls}: linears -> ColumnParallelLinear, gathered: all heads on every rank."
+    )

@@ -33,6 +33,9 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     original = original_class(port)
     if copied_class.__module__ == original.__module__:
         raise AssertionError("the port's class is the original itself")
+    if original.__module__.startswith("transformers."):
+        # Of custom code Transformers leaves buffers of modules without weights as they are.
+        copied_class.is_custom_code = staticmethod(original.is_custom_code)
     say("loading the checkpoint into both classes")
     models = [load_model(cls, checkpoint) for cls in (copied_class, original)]
     parameters = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in models]
@@ -56,9 +59,9 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
                     *(m(tokens, use_cache=False).logits for m in models),
                 )
             )
-        rows.append(
-            _row("logits with a cache, in two parts", *(_in_two(m, prompts.long) for m in models))
-        )
+        halves = [_in_two(m, prompts.long) for m in models]
+        if halves[1] is not None:
+            rows.append(_row("logits with a cache, in two parts", *halves))
         rows.append(_row("logits of a padded batch", *(_padded(m, prompts.ragged) for m in models)))
         first = torch.tensor([prompts.short[0]])
         rows.append(
@@ -85,13 +88,16 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
-def _in_two(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
-    """Return the logits of the first half, and of the second from the first's cache."""
+def _in_two(model: Any, ids: tuple[int, ...]) -> torch.Tensor | None:
+    """Return the logits of the first half, and of the second from the first's cache, if it has
+    one."""
     half = len(ids) // 2
     first = model(torch.tensor([ids[:half]]), use_cache=True)
     if getattr(first, "cache_params", None) is not None:  # a state takes one token at a time
         last = torch.tensor([ids[half : half + 1]])
         second = model(last, cache_params=first.cache_params, use_cache=True)
+    elif getattr(first, "past_key_values", None) is None:
+        return None
     else:
         rest = torch.tensor([ids[half:]])
         second = model(rest, past_key_values=first.past_key_values, use_cache=True)

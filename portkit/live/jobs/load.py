@@ -5,7 +5,8 @@ value: returned (the names that load_weights returned, None if it returned none)
 elements that are still NaN), coverage, memory, error (what load_weights or vLLM's check raised),
 stopped (the engine ended after a bad load), cases, divergence, misplaced (what does not hold its
 tensor), nan_case (one tensor with a NaN), again (if all cases are right: loading into the running
-engine once more; error, changed parameters, the largest difference, or "nothing" with a reason).
+engine once more; error, changed parameters, the largest difference, or "nothing" with a reason);
+or "refused", why Transformers does not take the derived checkpoint.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import AutoConfig
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.reload import inplace
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from portkit.errors import PortkitError
 from portkit.live.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from portkit.live.coverage import Tracer
 from portkit.live.derived import head_of, write_variant
@@ -37,7 +40,7 @@ from portkit.live.jobs.rehearsal import compare_with_reference, diverges_at
 from portkit.live.loading import describe_load
 from portkit.live.memory import peak_of
 from portkit.live.misplaced import misplaced
-from portkit.live.reference import original_class
+from portkit.live.reference import load_model, original_class
 from portkit.port import Port
 
 
@@ -54,6 +57,13 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
         say(f"writing the checkpoint with {'a tied' if variant == 'tied' else 'an untied'} head")
         write_variant(checkpoint, head, variant == "tied", folder)
         checkpoint = open_checkpoint(folder)
+        try:
+            AutoConfig.from_pretrained(str(folder))
+            load_model(original_class(port), checkpoint)
+        except PortkitError as error:
+            return {"refused": error.what}
+        except Exception as error:
+            return {"refused": str(error).strip().splitlines()[-1].strip()}
     value: dict[str, Any] = {"memory": _memory(checkpoint), "cases": [], "divergence": {}}
     say("loading real shards with the port's own load_weights")
     try:

@@ -8,8 +8,9 @@ without an adapter; None but in float16), zero and all (error, max_abs, median, 
 furthest, of linears), linears (each on its own input, live/adapted_linears.py; one rank), parts
 (only if `all` differs: per layer name, an adapter of that alone: ours, theirs, max_abs, error,
 like: another layer name whose change the port made instead), repeated (only if `all` differs on
-ranks: names of layers of which a block of vLLM's own repeats rows for ranks); "nothing" with a
-reason instead, if there is no linear to adapt or the class takes no adapters.
+ranks: names of layers of which a block of vLLM's own repeats rows for ranks), halved (the same: of
+which it would cut an adapter in two halves); "nothing" with a reason instead, if there is no linear
+to adapt or the class takes no adapters.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from vllm.lora.request import LoRARequest
 from vllm.model_executor.models.interfaces import supports_lora
 
 from portkit.live import adapters
-from portkit.live.adapted_linears import by_hand, rows_in_blocks, watched
+from portkit.live.adapted_linears import by_hand, halved_in_blocks, rows_in_blocks, watched
 from portkit.live.checkpoint import Checkpoint, open_checkpoint
 from portkit.live.device import find_device
 from portkit.live.engine import Engine
@@ -183,6 +184,7 @@ class _Comparison:
             "zero": self._judged(zero, self.plain),
             "parts": [],
             "repeated": [],
+            "halved": [],
         }
         if self.half:
             plain = self._answers()
@@ -199,6 +201,7 @@ class _Comparison:
                 rows = self.engine.on_model(rows_in_blocks)[0]
                 of = {path.rpartition(".")[2]: len(b) for path, (_, b) in adapter.items()}
                 value["repeated"] = [n for n, count in of.items() if rows.get(n, count) != count]
+                value["halved"] = self.engine.on_model(halved_in_blocks)[0]
         return value
 
     def _with(self, adapter: adapters.Adapter) -> np.ndarray | str:

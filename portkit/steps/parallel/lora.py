@@ -140,7 +140,7 @@ class LoraAdapters(Check):
                 job=job,
             )
         astray = [row for row in found["parts"] if not row["ok"]]
-        if astray and {row["name"] for row in astray} <= {*found["repeated"]}:
+        if astray and {row["name"] for row in astray} <= {*found["repeated"], *found["halved"]}:
             return None  # not the port's: _alike says so
         names = ", ".join(row["name"] for row in astray) or "all layers together"
         by = astray[0]["max_abs"] if astray else found["all"]["max_abs"]
@@ -261,13 +261,24 @@ def _alike(found: dict[str, Any]) -> str:
         return f"On two ranks none can be tried: {found['nothing']}."
     if _off_in_half(found):
         return "On two ranks none can be judged: in float16 the port is off without one."
-    if astray := ", ".join(row["name"] for row in found["parts"] if not row["ok"]):
+    if halved := ", ".join(n for n in found["halved"] if n in _wrong(found)):
+        return (
+            f"On two ranks those of {halved} go wrong, in any port: vLLM's own block makes one "
+            "merged layer of what is one tensor of the checkpoint, and its LoRA cuts an adapter of "
+            "such a layer as if it were gate and up (lora/layers/column_parallel_linear.py, "
+            "slice_lora_b). Serve adapters on one rank."
+        )
+    if astray := ", ".join(_wrong(found)):
         return (
             f"On two ranks those of {astray} go wrong, in any port: vLLM's own block repeats parts "
             "of that layer for ranks (fewer groups than ranks) and cuts adapters as if it did not. "
             "Serve adapters on one rank, or on as many as divide the groups."
         )
     return f"On two ranks ({found['how']}) to {_near(found)}."
+
+
+def _wrong(found: dict[str, Any]) -> list[str]:
+    return [row["name"] for row in found["parts"] if not row["ok"]]
 
 
 def _near(found: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ class DivideHeadsByTpSize(Rule):
 
     ## What it does
     Reports an `Attention` whose head count is the whole model's although its class splits q, k
-    and v over ranks.
+    and v over ranks (and does not gather them again).
 
     ## Why vLLM wants it
     A column-parallel projection gives each rank `heads / tp_size` heads. With the total, sizes
@@ -62,6 +62,14 @@ class DivideHeadsByTpSize(Rule):
                     self.attn = Attention(config.num_attention_heads, 2, 1.0)
             """
         ),
+        Valid(
+            """
+            class A(nn.Module):
+                def __init__(self, config):
+                    self.q_proj = ColumnParallelLinear(4, 4, gather_output=True)
+                    self.attn = Attention(config.num_attention_heads, 2, 1.0)
+            """
+        ),
     ]
     INVALID = [
         Invalid(
@@ -93,9 +101,7 @@ class DivideHeadsByTpSize(Rule):
         for facts, layer in self.source.layers:
             if self.source.vllm_name(layer.call.func) != "Attention":
                 continue
-            splits = any(
-                self.source.vllm_name(other.call.func) in SPLITTING for other in facts.layers
-            )
+            splits = any(self._splits(other.call) for other in facts.layers)
             heads = argument(layer.call, 0, "num_heads")
             if not splits or heads is None:
                 continue
@@ -113,6 +119,12 @@ class DivideHeadsByTpSize(Rule):
                 f"`{layer.attribute}` gets `{text}` heads, {why}: each rank has "
                 "num_heads // get_tensor_model_parallel_world_size().",
             )
+
+    def _splits(self, call: cst.Call) -> bool:
+        """True if a rank goes on with its part of what the layer gives."""
+        gathered = argument(call, 99, "gather_output")
+        whole = gathered is not None and self.source.code(gathered) == "True"
+        return self.source.vllm_name(call.func) in SPLITTING and not whole
 
     def _known_whole(self, text: str, heads: str) -> bool:
         """True if the head count is visibly the config's or an argument's, not another layer's."""

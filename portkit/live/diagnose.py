@@ -228,9 +228,10 @@ class Diagnosis(WithInlineAttention, WithActivations, WithGates, WithSums):
         parent = self.at.path.rpartition(".")[0]
         self._activation(parent, product=True)
         self._gate(parent)
-        self._other_columns(parent)
         self._scaled(f"the input of {name}")
         self._inline_attention()
+        if not self.found:
+            self._other_columns(parent)
         self._terms()
         self.possible.append(
             f"Everything computed before agrees, so the port's forward hands {name} another tensor "

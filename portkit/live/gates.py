@@ -44,8 +44,13 @@ class WithGates(Evidence):
                 return
 
     def _other_columns(self, parent: str) -> None:
-        """Say so if both sides hold values of one projection, but other ones."""
+        """Say so if both sides hold values of one projection, but other ones.
+
+        Told at position 0, where attention returns a token's own values, if they differ there.
+        """
         ours, target = self._ours()[:1], self.theirs.values[self.at.path, self.at.role][:1]
+        if self._near(ours, target):
+            return
         for (path, role), whole in self.theirs.values.items():
             if role != "out" or path.rpartition(".")[0] != parent or path == self.at.path:
                 continue

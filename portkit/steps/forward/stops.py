@@ -35,7 +35,7 @@ def causes_of_stop(port: Port, what: str, where: str) -> tuple[tuple[str, ...], 
             )
     if "page_size" in what and f"def {STATE}" in port.source:
         return (STATE_SIZE,), where or _line(port, f"def {STATE}")
-    if "rout" in what:
+    if "rout" in what and ", in forward" in where:  # routed_experts is a name of parameters, too
         causes.append(ROUTING)
     return tuple(causes), where
 

@@ -24,7 +24,6 @@ from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.mamba.gdn.base import GatedDeltaNetAttention
-from vllm.v1.engine import core as engine_core
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from portkit.errors import PortkitError
@@ -36,6 +35,7 @@ from portkit.live.portmodule import port_class
 from portkit.live.profile import Profile
 from portkit.live.ranks import forked_ranks, imports_without_cuda
 from portkit.live.reference import one_thread_if_small
+from portkit.live.stages import room_for_the_stage_before, stages_agree
 from portkit.port import Port
 
 Prompt = Sequence[int] | torch.Tensor
@@ -262,12 +262,12 @@ def start(
     if options["enforce_eager"]:
         # vLLM's sampler compiles small functions of its own: 12 s the first time, for nothing here.
         torch.compiler.set_stance("force_eager")
-    with _dummy_runs_by_ids() if alone else forked_ranks(), _stages_agree():
+    with _dummy_runs_by_ids() if alone else forked_ranks(), stages_agree():
         llm = LLM(str(opened.root), **options)
     engine = Engine(llm, port, opened, profile, cls, tensor_parallel_size)
     try:
         if pipeline_parallel_size > 1:
-            llm.collective_rpc(_room_for_the_stage_before)
+            llm.collective_rpc(room_for_the_stage_before)
         engine._record_schedule()
         if alone:
             engine.runner.enable_prompt_embeds = False
@@ -361,35 +361,6 @@ def _dummy_runs_by_ids() -> Iterator[None]:
         yield
     finally:
         GPUModelRunner._dummy_run = dummy_run
-
-
-@contextmanager
-def _stages_agree() -> Iterator[None]:
-    """Inside the block stages settle for a layout of the KV cache that each of them can have.
-
-    vLLM wants their lists equal (resolve_kv_cache_layout). A stage of recurrent layers alone, as
-    models of three layers are cut into, could have any, and then no pipeline starts.
-    """
-    resolve = engine_core.resolve_kv_cache_layout
-
-    def agreed(config: Any, supported: list[list[str]], *args: Any) -> Any:
-        common = [name for name in supported[0] if all(name in names for names in supported)]
-        return resolve(config, [common] if common else supported, *args)
-
-    engine_core.resolve_kv_cache_layout = agreed
-    try:
-        yield
-    finally:
-        engine_core.resolve_kv_cache_layout = resolve
-
-
-def _room_for_the_stage_before(worker: Any) -> None:
-    """Make the tensors that a later stage receives: vLLM's CPU runner forgets to, when eager."""
-    runner = worker.model_runner
-    if runner.intermediate_tensors is None:
-        runner.intermediate_tensors = runner.get_model().make_empty_intermediate_tensors(
-            batch_size=runner.max_num_tokens, dtype=runner.dtype, device=runner.device
-        )
 
 
 def _class_of(model: nn.Module) -> tuple[str, str]:

@@ -25,7 +25,7 @@ from vllm.model_executor.kernels.linear.scaled_mm import cpu as cpu_kernels
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 
-from portkit.live.checkpoint import Checkpoint, open_checkpoint
+from portkit.live.checkpoint import open_checkpoint
 from portkit.live.device import find_device
 from portkit.live.engine import start
 from portkit.live.job import JobRequest
@@ -115,11 +115,6 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
             # vLLM asks for 16 bits here whatever the device; its fp8 kernels for CPUs, which it
             # would run in float16, give float32 too.
             OnlineQuantizationConfig.get_supported_act_dtypes = lambda *_: [torch.float32]
-        if dtype != "float32" and (error := _stops_in_half(port, checkpoint, dtype)):
-            return {
-                "nothing": f"Transformers' model does not run in {dtype}, which vLLM needs here: "
-                f"{error}"
-            }
         say(f"starting vLLM, quantised to {format}, in {dtype}")
         with start(
             port.root, loader=request.args.get("loader", "portkit"), checkpoint=folder, **options
@@ -172,16 +167,6 @@ def run(request: JobRequest, say: Callable[[str], None]) -> dict[str, Any]:
         "itself": itself if np.isfinite(itself) else 0.0,
         "tolerance": TOLERANCE.get((format if format == "int4" else "8 bits", dtype), ()),
     }
-
-
-def _stops_in_half(port: Port, checkpoint: Checkpoint, dtype: str) -> str:
-    """Return what stops Transformers' model in this dtype, "" if it runs."""
-    half = load_model(original_class(port), checkpoint, dtype=getattr(torch, dtype))
-    try:
-        logprobs(half, range(min(4, int(checkpoint.config.get("vocab_size", 4)))))
-    except Exception as error:
-        return str(error).partition("\n")[0]
-    return ""
 
 
 def _finite_in_half(
